@@ -1,0 +1,20 @@
+"""Fixtures shared by all tests: the real material when it lies at hand, and small pictures made on the spot."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real photographs, rows and tokenizers (`VIR_HF_REAL_DATA`, else `../shared/data`); skips without it."""
+    root = Path(os.environ.get("VIR_HF_REAL_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+    if not root.is_dir():
+        pytest.skip("real data is not at hand; set VIR_HF_REAL_DATA to its folder")
+    return root
