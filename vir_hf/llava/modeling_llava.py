@@ -1,0 +1,422 @@
+"""The LLaVA pair: `LlavaModel` (tower -> projector -> merge -> language model) and `LlavaForCausalLM`.
+
+Both extend transformers' own classes, so weights, generation and attention back ends are theirs. What is ours is in
+`LlavaModel`, because TRL calls the inner model in training: a frozen tower without autograd and without the layers after
+the selected one, each distinct picture once, packed rows of segments, and hidden states at supervised positions only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, LlavaForConditionalGeneration, PreTrainedModel
+from transformers import LlavaConfig as NativeLlavaConfig
+from transformers import LlavaModel as NativeLlavaModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.llava.modeling_llava import LlavaModelOutputWithPast
+
+from .attention import SegmentLayout, segment_mask_sentinel, use_segment_attention
+from .configuration_llava import NATIVE_PROJECTOR_TYPE, LlavaConfig, projector_type_of
+from .projectors import build_projector
+
+
+def _hub_layout() -> list[WeightRenaming]:
+    """llava-hf's key names -> the names in memory. Reversed on saving, which is what vLLM and older readers expect."""
+    return [
+        WeightRenaming(source_patterns=r"^language_model\.lm_head", target_patterns="lm_head"),
+        WeightRenaming(source_patterns=r"^language_model\.model\.", target_patterns="model.language_model."),
+        WeightRenaming(source_patterns=r"^vision_tower\.vision_model\.", target_patterns="model.vision_tower."),
+        WeightRenaming(source_patterns=r"^multi_modal_projector", target_patterns="model.multi_modal_projector"),
+    ]
+
+
+# transformers does not apply a native class's renames to a subclass of it: a llava-hf checkpoint would load with a random
+# lm_head and only a warning.
+register_checkpoint_conversion_mapping("LlavaForCausalLM", get_checkpoint_conversion_mapping("llava"), overwrite=True)
+
+
+class LlavaModel(NativeLlavaModel):
+    """Vision tower, projector and language model without a head."""
+
+    def __init__(self, config: NativeLlavaConfig):
+        super().__init__(config)
+        projector_type = projector_type_of(config)
+        if projector_type != NATIVE_PROJECTOR_TYPE:
+            self.multi_modal_projector = build_projector(config, projector_type)
+            self.post_init()
+
+    def is_vision_tower_frozen(self) -> bool:
+        """Whether no weight of the tower, nor an adapter inside it, is trained."""
+        return not any(parameter.requires_grad for parameter in self.vision_tower.parameters())
+
+    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return the tower's features at the selected layer(s), the projector's input.
+
+        Args:
+            pixel_values: `(num_images, channels, height, width)`.
+
+        Returns:
+            `(num_images, num_patches, vision_hidden)`. A frozen tower runs without autograd; layers after the last
+            selected one do not run.
+        """
+        frozen = self.is_vision_tower_frozen()
+        with torch.no_grad() if frozen else contextlib.nullcontext():
+            return self._select_features(pixel_values)
+
+    def _select_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        layers = self.config.vision_feature_layer
+        selected = [layers] if isinstance(layers, int) else list(layers)
+        num_layers = self.vision_tower.config.num_hidden_layers
+        depths = [layer if layer >= 0 else num_layers + 1 + layer for layer in selected]
+        tower = getattr(self.vision_tower, "vision_model", self.vision_tower)
+        pixel_values = pixel_values.to(self.vision_tower.dtype)
+        if hasattr(tower, "embeddings") and hasattr(tower, "encoder"):
+            hidden_states = tower.embeddings(pixel_values)  # (num_images, num_patches (+ 1), vision_hidden)
+            if hasattr(tower, "pre_layrnorm"):
+                hidden_states = tower.pre_layrnorm(hidden_states)
+            by_depth = {0: hidden_states}
+            for depth, layer in enumerate(tower.encoder.layers[: max(depths)], start=1):
+                hidden_states = layer(hidden_states, None)
+                by_depth[depth] = hidden_states
+            features = [by_depth[depth] for depth in depths]
+        else:  # a tower of another shape: its own forward, with every layer
+            outputs = self.vision_tower(pixel_values, output_hidden_states=True, return_dict=True)
+            features = [outputs.hidden_states[layer] for layer in selected]
+        if self.config.vision_feature_select_strategy == "default":
+            features = [feature[:, 1:] for feature in features]  # without the class token
+        return features[0] if len(features) == 1 else torch.cat(features, dim=-1)
+
+    def project(self, features: torch.Tensor) -> torch.Tensor:
+        """`(num_images, num_patches, vision_hidden)` -> `(num_images, num_patches, text_hidden)`."""
+        weight = next(self.multi_modal_projector.parameters())
+        return self.multi_modal_projector(features.to(weight.dtype))
+
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor | None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        image_sizes: torch.Tensor | None = None,
+        image_indices: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """Return projected image features in `pooler_output`, one `(num_patches, text_hidden)` tensor an image span.
+
+        Args:
+            pixel_values: `(num_distinct_images, channels, height, width)`, or `None` with `vision_features`.
+            vision_feature_layer, vision_feature_select_strategy: transformers' own overrides of the config.
+            image_indices: `(num_image_spans,)`: which image each span shows; one image a span by default.
+            vision_features: `(num_distinct_images, num_patches, vision_hidden)`: features computed before.
+        """
+        overridden = (
+            vision_feature_layer is not None and vision_feature_layer != self.config.vision_feature_layer
+        ) or (
+            vision_feature_select_strategy is not None
+            and vision_feature_select_strategy != self.config.vision_feature_select_strategy
+        )
+        if image_sizes is not None or overridden:
+            return super().get_image_features(
+                pixel_values,
+                vision_feature_layer=vision_feature_layer,
+                vision_feature_select_strategy=vision_feature_select_strategy,
+                image_sizes=image_sizes,
+                return_dict=True,
+                **kwargs,
+            )
+        features = vision_features if vision_features is not None else self.encode_images(pixel_values)
+        projected = self.project(features)
+        if image_indices is not None:
+            projected = projected.index_select(0, image_indices)
+        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=list(projected))
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        image_indices: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
+        segment_lengths: torch.Tensor | None = None,
+        segment_prefixes: torch.Tensor | None = None,
+        supervised_positions: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> LlavaModelOutputWithPast:
+        """Run the model; the arguments beyond transformers' own make a padding-free batch.
+
+        Args:
+            input_ids: `(batch, sequence)`; a packed row is `(1, T)`.
+            image_indices: `(num_image_spans,)`: the row of `pixel_values` (or `vision_features`) each span shows.
+            vision_features: `(num_distinct_images, num_patches, vision_hidden)`, in place of `pixel_values`.
+            segment_lengths: `(num_segments,)`, summing to T. With it the row is packed: no mask, no cache.
+            segment_prefixes: `(num_segments,)`: an earlier segment whose tokens come first, or -1.
+            supervised_positions: `(num_positions,)`: return hidden states at these positions of the packed row only.
+
+        Raises:
+            ValueError: a packed row with an attention mask, a cache, or lengths that do not add up; numbers of image
+                tokens and image features that differ.
+        """
+        if inputs_embeds is None and input_ids is not None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        has_images = pixel_values is not None or vision_features is not None
+        if has_images and not (mm_encoder_outputs or {}).get("image"):
+            mm_encoder_outputs = {
+                "image": self.get_image_features(
+                    pixel_values,
+                    vision_feature_layer=kwargs.pop("vision_feature_layer", None),
+                    vision_feature_select_strategy=kwargs.pop("vision_feature_select_strategy", None),
+                    image_sizes=kwargs.pop("image_sizes", None),
+                    image_indices=image_indices,
+                    vision_features=vision_features,
+                )
+            }
+        image_features = None
+        if (mm_encoder_outputs or {}).get("image") is not None:
+            image_features = torch.cat(list(mm_encoder_outputs["image"].pooler_output), dim=0)
+            image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
+            inputs_embeds = self._merge(input_ids, inputs_embeds, image_features)
+        elif self.training and torch.is_grad_enabled():
+            inputs_embeds = inputs_embeds + self._zero_from_vision_parts(inputs_embeds)
+
+        if segment_lengths is not None:
+            layout = self._layout(segment_lengths, segment_prefixes, inputs_embeds, attention_mask, kwargs)
+            kwargs["segment_layout"] = layout
+            attention_mask = segment_mask_sentinel(inputs_embeds.device)
+            if position_ids is None:
+                position_ids = layout.position_ids(inputs_embeds.device)
+        outputs = self.language_model(
+            attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs
+        )
+        hidden_states = outputs.last_hidden_state
+        if supervised_positions is not None:
+            hidden_states = hidden_states[:, supervised_positions]
+        return LlavaModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=image_features,
+        )
+
+    def _merge(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
+    ) -> torch.Tensor:
+        """The text embeddings with image features written over the image tokens, in reading order."""
+        if input_ids is None:
+            placeholder = self.get_input_embeddings()(
+                torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+            )
+            mask = (inputs_embeds == placeholder).all(-1)
+        else:
+            mask = input_ids == self.config.image_token_id
+        num_tokens, num_features = int(mask.sum()), image_features.shape[0]
+        if num_tokens != num_features:
+            raise ValueError(
+                f"Image features and image tokens do not match: the text holds {num_tokens} image tokens, the pictures "
+                f"give {num_features} features ({self.config.image_seq_length} a picture). Encode the text with the "
+                "processor that belongs to this model, and do not cut inside an image."
+            )
+        return inputs_embeds.masked_scatter(mask.unsqueeze(-1).to(inputs_embeds.device), image_features)
+
+    def _layout(
+        self,
+        segment_lengths: torch.Tensor,
+        segment_prefixes: torch.Tensor | None,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> SegmentLayout:
+        if attention_mask is not None:
+            raise ValueError(
+                "a packed row (segment_lengths) takes no attention_mask: a mask of ones would let its rows see each "
+                "other. Drop attention_mask from the batch."
+            )
+        if kwargs.get("past_key_values") is not None or kwargs.get("use_cache"):
+            raise ValueError("a packed row (segment_lengths) runs without a key-value cache; pass use_cache=False.")
+        kwargs["use_cache"] = False
+        lengths = tuple(segment_lengths.tolist())
+        prefixes = tuple(segment_prefixes.tolist()) if segment_prefixes is not None else (-1,) * len(lengths)
+        layout = SegmentLayout(lengths, prefixes, backend=getattr(self.config, "segment_backend", "auto"))
+        if inputs_embeds.shape[0] != 1 or inputs_embeds.shape[1] != layout.num_tokens:
+            raise ValueError(
+                f"segments cover {layout.num_tokens} tokens of one row, but the batch is "
+                f"{inputs_embeds.shape[0]} x {inputs_embeds.shape[1]}."
+            )
+        use_segment_attention(self.language_model)
+        return layout
+
+    def _zero_from_vision_parts(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        """A zero that depends on every trained weight of projector and tower, for micro-batches of text alone.
+
+        Without it those weights have no gradient on this rank while other ranks wait for one. Where weights are sharded
+        (ZeRO-3, FSDP2) every rank must also run the modules, so one blank picture passes through them.
+        """
+        zero = inputs_embeds.new_zeros(())
+        parts = [*self.multi_modal_projector.parameters(), *self.vision_tower.parameters()]
+        trained = [parameter for parameter in parts if parameter.requires_grad]
+        if not trained:
+            return zero
+        if any(hasattr(parameter, "ds_id") or hasattr(parameter, "placements") for parameter in parts):
+            size = self.vision_tower.config.image_size
+            blank = torch.zeros(
+                1, self.vision_tower.config.num_channels, size, size, device=inputs_embeds.device
+            )
+            return self.project(self.encode_images(blank)).sum().to(zero.dtype) * 0
+        for parameter in trained:
+            zero = zero + (parameter.sum() * 0).to(zero.dtype)
+        return zero
+
+
+class LlavaForCausalLM(LlavaForConditionalGeneration):
+    """A LLaVA model with its language-model head.
+
+    Loads llava-hf checkpoints and our own; saves whatever plain `llava` can express as plain `llava`.
+    """
+
+    def __init__(self, config: NativeLlavaConfig):
+        super().__init__(config)
+        self.model = LlavaModel(config)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any):
+        """Load a model; the config class follows the checkpoint's own model type."""
+        if kwargs.get("config") is None:
+            hub_words = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+            hub_kwargs = {word: kwargs[word] for word in hub_words if word in kwargs}
+            kwargs["config"] = AutoConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    @classmethod
+    def from_components(
+        cls,
+        language_model: PreTrainedModel,
+        vision_tower: PreTrainedModel,
+        projector_type: str = NATIVE_PROJECTOR_TYPE,
+        *,
+        image_token_id: int | None = None,
+        vision_feature_layer: int | list[int] = -2,
+        vision_feature_select_strategy: str | None = None,
+        vocab_size: int | None = None,
+    ) -> LlavaForCausalLM:
+        """Return a model made of a causal language model and a vision tower; only the projector is new.
+
+        Args:
+            language_model: any causal LM of transformers with an inner base model and a linear head without bias.
+            vision_tower: CLIP's or SigLIP's vision model (a full CLIP or SigLIP model gives its vision part).
+            projector_type: a key of `PROJECTORS`.
+            image_token_id: the tokenizer's id of `<image>`; the first id past the vocabulary by default.
+            vision_feature_layer: the tower's hidden state(s) that the projector reads.
+            vision_feature_select_strategy: `"default"` drops the class token, `"full"` keeps all; by the tower if `None`.
+            vocab_size: rows of the embedding afterwards, padded to a multiple of 64; grown only as needed if `None`.
+
+        Raises:
+            ValueError: a language model without a head, or with a bias in it; an unknown projector.
+        """
+        head = language_model.get_output_embeddings()
+        if head is None or getattr(head, "bias", None) is not None:
+            raise ValueError(
+                f"{type(language_model).__name__} has {'no head' if head is None else 'a bias in its head'}; a LLaVA model "
+                "needs a causal language model with a linear head without bias, as Llama, Mistral, Qwen and SmolLM have."
+            )
+        vision_tower = getattr(vision_tower, "vision_model", vision_tower)
+        text_config = copy.deepcopy(language_model.config)
+        embeddings = language_model.get_input_embeddings()
+        old_size = embeddings.weight.shape[0]
+        image_token_id = old_size if image_token_id is None else image_token_id
+        if max(vocab_size or 0, image_token_id + 1) > old_size:
+            # New rows are drawn around the mean of the old ones: rows of another scale would disturb the softmax.
+            language_model.resize_token_embeddings(
+                max(vocab_size or 0, image_token_id + 1), pad_to_multiple_of=64, mean_resizing=True
+            )
+        text_config.vocab_size = language_model.get_input_embeddings().weight.shape[0]
+        has_class_token = hasattr(vision_tower.embeddings, "class_embedding")
+        strategy = vision_feature_select_strategy or ("default" if has_class_token else "full")
+        num_patches = (vision_tower.config.image_size // vision_tower.config.patch_size) ** 2
+        config = LlavaConfig(
+            vision_config=vision_tower.config,
+            text_config=text_config,
+            image_token_index=image_token_id,
+            image_seq_length=num_patches + (1 if has_class_token and strategy == "full" else 0),
+            vision_feature_layer=vision_feature_layer,
+            vision_feature_select_strategy=strategy,
+            projector_type=projector_type,
+            tie_word_embeddings=bool(text_config.tie_word_embeddings),
+        )
+        dtype = language_model.dtype
+        with torch.device("meta"):
+            model = cls(config)
+        model.model.language_model = language_model.base_model
+        model.lm_head = language_model.get_output_embeddings()
+        model.model.vision_tower = vision_tower
+        projector = build_projector(config, projector_type)
+        for module in projector.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=config.text_config.initializer_range)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        model.model.multi_modal_projector = projector.to(device=embeddings.weight.device, dtype=dtype)
+        model.tie_weights()
+        generation_config = copy.deepcopy(language_model.generation_config)
+        if generation_config is not None:
+            model.generation_config = generation_config
+        return model
+
+    def floating_point_ops(self, input_dict: dict[str, Any], exclude_embeddings: bool = True) -> int:
+        """Zero: FLOPs are reported from real token counts by the trainer, not from padded shapes."""
+        return 0
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Save the model: as plain `llava` in the Hub's key layout if that can express it, else with its code."""
+        is_native = projector_type_of(self.config) == NATIVE_PROJECTOR_TYPE
+        conversions = getattr(self, "_weight_conversions", None)
+        self._weight_conversions = _hub_layout()
+        config, is_main_process = self.config, kwargs.get("is_main_process", True)
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            if conversions is None:
+                del self._weight_conversions
+            else:
+                self._weight_conversions = conversions
+            self.config = config
+        if is_main_process:
+            _finish_config(Path(save_directory), is_native)
+
+
+def _finish_config(folder: Path, is_native: bool) -> None:
+    """Rewrite `config.json` to the model type it is read under, and add the code files where it is our own type."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.pop("segment_backend", None)
+    if is_native:
+        config.pop("projector_type", None)
+        config.pop("auto_map", None)
+        config["model_type"] = "llava"
+        config["architectures"] = ["LlavaForConditionalGeneration"]
+    else:
+        config["architectures"] = ["LlavaForCausalLM"]
+        config["auto_map"] = {
+            "AutoConfig": "configuration_llava.LlavaConfig",
+            "AutoModel": "modeling_llava.LlavaModel",
+            "AutoModelForCausalLM": "modeling_llava.LlavaForCausalLM",
+            "AutoModelForImageTextToText": "modeling_llava.LlavaForCausalLM",
+        }
+        for name in ("configuration_llava.py", "projectors.py", "attention.py", "modeling_llava.py"):
+            source = Path(__file__).with_name(name)
+            (folder / name).write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
