@@ -9,3 +9,15 @@ class RecipeError(ValueError):
 
 class DataError(ValueError):
     """A file, a row or an image that cannot be used; the message names the file, the row number or id, and the reason."""
+
+
+class ImageError(DataError):
+    """A picture that cannot be used. `kind` is the word the data check counts it under, such as `image_missing`."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(kind, message)
+        self.kind = kind
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message

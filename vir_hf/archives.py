@@ -1,0 +1,114 @@
+"""Reading single members of a `.zip` or `.tar` where they lie, from any process, without unpacking anything.
+
+The table of contents is read once per process; a member is then one seek and one read of a file opened for it, so that
+forked dataloader workers and threads never share a file position.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import struct
+import tarfile
+import zipfile
+import zlib
+from typing import NamedTuple
+
+from vir_hf.errors import DataError, ImageError
+
+ARCHIVE_SUFFIXES = (".zip", ".tar")
+MAX_MEMBER_BYTES = 2**30
+_ZIP_LOCAL_HEADER_BYTES = 30
+
+
+class Member(NamedTuple):
+    """Where a member lies: `offset` of its header (zip) or data (tar), stored and real size in bytes, zip method."""
+
+    offset: int
+    stored_bytes: int
+    num_bytes: int
+    method: int
+
+
+class Archive:
+    """The table of contents of one archive and the reading of its members."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.scheme = "zip" if path.endswith(".zip") else "tar"
+        try:
+            self.members = _zip_members(path) if self.scheme == "zip" else _tar_members(path)
+        except (zipfile.BadZipFile, tarfile.TarError, struct.error, EOFError) as error:
+            raise DataError(
+                f"{path}: is no readable {self.scheme} archive ({error}). A .tar.gz must be unpacked with gunzip first; an "
+                "archive that was cut short must be fetched again."
+            ) from error
+        tops = {name.partition("/")[0] for name in self.members if "/" in name}
+        flat = any("/" not in name for name in self.members)
+        self.top_folder = tops.pop() if len(tops) == 1 and not flat else None
+
+    def read(self, name: str) -> bytes:
+        """Return the bytes of a member; `ImageError` when it is not there or damaged."""
+        member = self.members.get(name)
+        if member is None:
+            raise ImageError("image_missing", f"{name}: not in the archive {self.path}.")
+        if member.num_bytes > MAX_MEMBER_BYTES:
+            raise ImageError(
+                "image_too_large", f"{name} in {self.path}: {member.num_bytes} bytes; expected below 1 GiB."
+            )
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(member.offset)
+                if self.scheme == "zip":
+                    header = file.read(_ZIP_LOCAL_HEADER_BYTES)
+                    name_length, extra_length = struct.unpack("<HH", header[26:30])
+                    file.seek(name_length + extra_length, os.SEEK_CUR)
+                data = file.read(member.stored_bytes)
+            if member.method == zipfile.ZIP_DEFLATED:
+                data = zlib.decompressobj(-15).decompress(data, member.num_bytes)
+        except (OSError, struct.error, zlib.error) as error:
+            raise ImageError("image_unreadable", f"{name} in {self.path}: cannot be read ({error}).") from error
+        if len(data) != member.num_bytes:
+            raise ImageError(
+                "image_truncated",
+                f"{name} in {self.path}: {len(data)} of {member.num_bytes} bytes. Fetch the archive again.",
+            )
+        return data
+
+
+def _zip_members(path: str) -> dict[str, Member]:
+    members = {}
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            if info.is_dir():
+                continue
+            if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise zipfile.BadZipFile(f"{info.filename} is encrypted or compressed other than by deflate")
+            members[info.filename] = Member(info.header_offset, info.compress_size, info.file_size, info.compress_type)
+    return members
+
+
+def _tar_members(path: str) -> dict[str, Member]:
+    members = {}
+    with tarfile.open(path, "r:") as archive:
+        for info in archive:
+            if info.isreg():
+                members[info.name.removeprefix("./")] = Member(
+                    info.offset_data, info.size, info.size, zipfile.ZIP_STORED
+                )
+            archive.members = []  # tarfile keeps every header otherwise: 1 KiB a picture
+    return members
+
+
+def open_archive(path: str) -> Archive:
+    """Return the archive at a path; its table of contents is kept for this process until the file changes."""
+    try:
+        stat = os.stat(path)
+    except OSError as error:
+        raise DataError(f"{path}: no such archive ({error.strerror}). Check image_folder.") from error
+    return _open_archive(path, stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=16)
+def _open_archive(path: str, num_bytes: int, modified: int) -> Archive:
+    return Archive(path)

@@ -1,0 +1,166 @@
+"""One picture, opened safely and always the same way: `open_image` gives RGB, or an error that names the reason.
+
+How other kinds become RGB: the EXIF orientation is applied; transparency is laid over white; the first frame of an
+animation is taken; 16-bit greys are scaled to 8 bits; palette, grey, CMYK, YCbCr, LAB and HSV are converted by Pillow.
+Colour profiles are ignored, as the models' own processors do.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+
+from vir_hf.errors import DataError, ImageError
+from vir_hf.image_folder import ImageFolder, is_url, read_bytes, split_place
+
+MAX_PIXELS = 89_478_485  # Pillow's own limit for a warning (a quarter of a gigabyte as RGB); we refuse there
+
+ImageSource = str | os.PathLike[str] | bytes | dict[str, Any] | Image.Image
+
+
+def open_image(
+    source: ImageSource, image_folder: str | os.PathLike[str] | ImageFolder | None = None, *, allow_urls: bool = False
+) -> Image.Image:
+    """Return the picture as a loaded PIL image in mode RGB.
+
+    Args:
+        source: a path (relative to `image_folder`, or absolute), `zip://inner::/archive.zip`, `tar://inner::/archive.tar`,
+            the file's bytes, `{"path": ..., "bytes": ...}` as `datasets` keeps an undecoded image, or a PIL image.
+        image_folder: with it, a path must lie inside it, symbolic links followed.
+        allow_urls: whether a path may be an http(s) URL.
+
+    Raises:
+        ImageError: a `DataError` whose `kind` is one of image_missing, image_empty, image_truncated, image_unreadable,
+            image_too_large, image_outside_folder, image_url.
+    """
+    if isinstance(source, Image.Image):
+        return _load(source, "image")
+    data, name = read_image_bytes(source, image_folder, allow_urls=allow_urls)
+    return decode_image(data, name)
+
+
+def read_image_bytes(
+    source: str | os.PathLike[str] | bytes | dict[str, Any],
+    image_folder: str | os.PathLike[str] | ImageFolder | None = None,
+    *,
+    allow_urls: bool = False,
+) -> tuple[bytes, str]:
+    """Return the undecoded bytes of a source and the name to call it by in errors."""
+    if isinstance(source, dict):
+        data, path = source.get("bytes"), source.get("path")
+        if data is not None:
+            return bytes(data), str(path or "embedded image")
+        if not path:
+            raise ImageError("image_missing", "image: has neither a path nor bytes; expected one of them.")
+        source = path
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return bytes(source), "image bytes"
+    if not isinstance(source, (str, os.PathLike)):
+        raise DataError(
+            f"image: found {type(source).__name__}; expected a path, bytes, {{path, bytes}} or a PIL image."
+        )
+    path = os.fspath(source)
+    if image_folder is not None and not (split_place(path) or (allow_urls and is_url(path))):
+        folder = image_folder if isinstance(image_folder, ImageFolder) else ImageFolder(image_folder)
+        path = folder.locate(path)
+    return read_bytes(path, allow_urls=allow_urls), path
+
+
+def decode_image(data: bytes, name: str) -> Image.Image:
+    """Return the RGB image encoded in `data`; `name` stands in errors."""
+    if not data:
+        raise ImageError("image_empty", f"{name}: the file is empty (0 bytes). Fetch it again, or drop its rows.")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns of damaged metadata; what is refused is decided here
+        return _load(_open(io.BytesIO(data), name), name)
+
+
+def _open(file: io.BytesIO | str, name: str) -> Image.Image:
+    """Return Pillow's lazily opened image: its header is read, its size checked, nothing is decoded."""
+    try:
+        image = Image.open(file)
+    except Image.DecompressionBombError as error:
+        raise ImageError("image_too_large", f"{name}: {error} A picture this size is refused; shrink it.") from error
+    except UnidentifiedImageError as error:
+        raise ImageError(
+            "image_unreadable",
+            f"{name}: is no image file Pillow {Image.__version__} knows. Fetch it again, or drop its rows.",
+        ) from error
+    except Exception as error:  # damaged headers make Pillow's plugins raise almost anything
+        kind = "image_too_large" if "too large" in str(error) else "image_unreadable"
+        raise ImageError(
+            kind, f"{name}: damaged header ({_describe(error)}). Fetch it again, or drop its rows."
+        ) from error
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise ImageError(
+            "image_too_large",
+            f"{name}: {width}x{height} pixels; expected at most {MAX_PIXELS} in all. Shrink the picture.",
+        )
+    return image
+
+
+def _load(image: Image.Image, name: str) -> Image.Image:
+    try:
+        image.load()
+    except Exception as error:  # the same: whatever broken data leads a decoder to
+        kind = "image_truncated" if "truncated" in str(error).lower() else "image_unreadable"
+        raise ImageError(
+            kind, f"{name}: cannot be decoded ({_describe(error)}). Fetch it again, or drop its rows."
+        ) from error
+    return to_rgb(image, name)
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:200]
+
+
+def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
+    """Return the picture upright and in mode RGB, by the rules this module's docstring states."""
+    try:
+        image = ImageOps.exif_transpose(image)
+    except Exception:  # noqa: BLE001 - a damaged EXIF block says nothing about the pixels, which stay as they are
+        pass
+    try:
+        return _to_rgb(image)
+    except (ValueError, OSError, ImageCms.PyCMSError) as error:
+        raise ImageError(
+            "image_unreadable", f"{name}: colour mode {image.mode} cannot become RGB ({error})."
+        ) from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        return Image.fromarray(_scale_to_bytes(np.asarray(image), is_fraction=image.mode == "F")).convert("RGB")
+    if image.mode == "LAB":
+        lab_to_rgb = ImageCms.buildTransform(
+            ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB"
+        )
+        converted = ImageCms.applyTransform(image, lab_to_rgb)
+        if converted is None:
+            raise ValueError("no LAB conversion")
+        return converted
+    if "transparency" in image.info or image.mode in ("RGBA", "RGBa", "LA", "La", "PA"):
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _scale_to_bytes(values: np.ndarray, is_fraction: bool) -> np.ndarray:
+    """Return 32-bit grey values as 0..255: floats up to 1 times 255, up to 255 as they are, anything larger as 16-bit."""
+    values = np.nan_to_num(values.astype(np.float64))
+    largest = float(values.max(initial=0.0))
+    if is_fraction and largest <= 1.0:
+        values = values * 255
+    elif largest > 255:
+        values = values / 257
+    return np.clip(np.round(values), 0, 255).astype(np.uint8)

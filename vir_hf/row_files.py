@@ -1,0 +1,237 @@
+"""The rows of a data file, one at a time: JSON, JSON Lines and Parquet, with flat memory and errors that name the line.
+
+The content decides, not the suffix: a `.json` file may hold one list or one object after another, and so may a `.jsonl`.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import glob
+import io
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple, TextIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vir_hf.errors import DataError
+
+DATA_SUFFIXES = (".json", ".jsonl", ".parquet")
+MAX_ROW_CHARACTERS = 64 * 2**20
+_CHUNK_CHARACTERS = 2**22
+_SPACE_OR_COMMA = re.compile(r"[\s,]*")
+_SPACE = re.compile(r"\s*")
+_START = re.compile(r"[\s\ufeff]*")  # some editors put a byte order mark before the text
+_EXPECTED = 'expected a list of rows, or one row a line, such as {"id": "1", "image": "1.jpg", "conversations": [...]}'
+
+
+def find_data_files(path: str | os.PathLike[str]) -> list[str]:
+    """Return the data files a file name, a directory (searched recursively) or a glob pattern stands for, sorted.
+
+    Raises:
+        DataError: there is none.
+    """
+    path = os.fspath(path)
+    if os.path.isfile(path):
+        return [path]
+    if os.path.isdir(path):
+        found = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
+        found = [name for name in found if name.endswith(DATA_SUFFIXES)]
+    else:
+        found = [name for name in glob.glob(path, recursive=True) if os.path.isfile(name)]
+    if not found:
+        raise DataError(
+            f"{path}: no data file found (looked in {os.getcwd()}); expected a .json, .jsonl or .parquet file, a directory or "
+            "glob of them, or a Hub dataset id such as owner/name. Set data.data_path to it."
+        )
+    return sorted(found)
+
+
+class RowRange(NamedTuple):
+    """A stretch of a data file: bytes of a JSON file (or row groups of a Parquet file) `start` to `stop`, and its first row."""
+
+    start: int
+    stop: int
+    first_row: int
+
+
+def read_rows(path: str, part: RowRange | None = None) -> Iterator[tuple[int, Any]]:
+    """Yield (row number counted from 0, raw row) of one data file, or of one part of it.
+
+    Raises:
+        DataError: the file is missing, empty, cut short or malformed; the message names the line.
+    """
+    with _data_errors(path):
+        if path.endswith(".parquet"):
+            yield from _read_parquet_rows(path, part)
+        elif part is None:
+            yield from _read_json_rows(path)
+        else:
+            with open(path, "rb") as file:
+                file.seek(part.start)
+                window = _Window(path, io.StringIO(file.read(part.stop - part.start).decode()))
+            for number in itertools.count(part.first_row):
+                window.skip(_SPACE_OR_COMMA)
+                if window.position == len(window.text):
+                    return
+                yield number, window.decode(number)
+
+
+def split_rows(path: str, max_parts: int) -> list[RowRange]:
+    """Return at most `max_parts` parts of a data file, with about as many rows each, found in one pass over it."""
+    with _data_errors(path):
+        if path.endswith(".parquet"):
+            with _open_parquet(path) as file:
+                sizes = [file.metadata.row_group(index).num_rows for index in range(file.num_row_groups)]
+            first_rows = list(itertools.accumulate(sizes, initial=0))
+            return [RowRange(index, index + 1, first_rows[index]) for index in range(len(sizes))]
+        ends = array.array("q", [0])
+        for _ in _read_json_rows(path, ends):
+            pass
+    num_rows = len(ends) - 1
+    cuts = sorted({num_rows * part // max_parts for part in range(max_parts + 1)})
+    return [RowRange(ends[first], ends[last], first) for first, last in itertools.pairwise(cuts)]
+
+
+@contextlib.contextmanager
+def _data_errors(path: str) -> Iterator[None]:
+    """Turn what reading a file can raise into a `DataError` that says what to do."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: byte {error.start} is not UTF-8 ({error.reason}). Save the file as UTF-8.") from error
+    except FileNotFoundError:
+        raise DataError(
+            f"{path}: no such file (looked in {os.getcwd()}). Set data.data_path to the data file."
+        ) from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error}).") from error
+
+
+def _open_parquet(path: str) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path)
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{path}: is no readable Parquet file ({error}). Was the download cut short?") from error
+
+
+def _read_parquet_rows(path: str, part: RowRange | None) -> Iterator[tuple[int, Any]]:
+    with _open_parquet(path) as file:
+        row_groups = None if part is None else list(range(part.start, part.stop))
+        number = 0 if part is None else part.first_row
+        for batch in file.iter_batches(batch_size=64, row_groups=row_groups):
+            for row in batch.to_pylist():
+                yield number, row
+                number += 1
+
+
+def _read_json_rows(path: str, ends: array.array[int] | None = None) -> Iterator[tuple[int, Any]]:
+    """Yield the rows of a whole JSON file; `ends`, when given, receives the byte at which each row ends."""
+    # newline="" keeps every character, so that characters can be counted as bytes
+    with open(path, encoding="utf-8", newline="") as file:
+        window = _Window(path, file)
+        window.skip(_START)
+        opening = window.text[window.position : window.position + 1]
+        if opening not in ("[", "{"):
+            raise DataError(f"{path}: {'starts with ' + repr(opening) if opening else 'is empty'}; {_EXPECTED}.")
+        window.position += opening == "["
+        if ends is not None:
+            ends[0] = window.byte()
+        for number in itertools.count():
+            window.skip(_SPACE_OR_COMMA)
+            is_at_end = window.position == len(window.text)
+            if is_at_end and opening == "[":
+                raise DataError(
+                    f"{path}: line {window.line()}: the file ends after row {number - 1} without the closing ']'. Was the "
+                    "copy or download cut short? Fetch it again."
+                )
+            if is_at_end or (opening == "[" and window.text[window.position] == "]"):
+                break
+            yield number, window.decode(number)
+            if ends is not None:
+                ends.append(window.byte())
+        window.position += not is_at_end
+        window.skip(_SPACE)
+        if window.position != len(window.text):
+            raise DataError(f"{path}: line {window.line()}: text after the closing ']' of the rows; expected the end.")
+        if number == 0:
+            raise DataError(f"{path}: holds no rows; {_EXPECTED}.")
+
+
+class _Window:
+    """A stretch of a text file that slides forward, one JSON value at a time."""
+
+    def __init__(self, path: str, file: TextIO) -> None:
+        self.path = path
+        self.file = file
+        self.text = ""
+        self.position = 0
+        self._lines_before = 1
+        self._bytes_before = 0
+        self._counted = 0  # up to this position of the text, its bytes are in _bytes_before
+        self._is_at_end = False
+        self._decode = json.JSONDecoder().raw_decode
+
+    def _read_more(self) -> bool:
+        """Drop what was read, append the next chunk; False at the end of the file."""
+        if self._is_at_end:
+            return False
+        chunk = self.file.read(_CHUNK_CHARACTERS)
+        if not chunk:
+            self._is_at_end = True
+            return False
+        self._lines_before += self.text.count("\n", 0, self.position)
+        self.byte()
+        self._counted = 0
+        self.text = self.text[self.position :] + chunk
+        self.position = 0
+        return True
+
+    def skip(self, pattern: re.Pattern[str]) -> None:
+        """Move past what the pattern matches, reading on where it reaches the end of the window."""
+        while True:
+            match = pattern.match(self.text, self.position)
+            self.position = match.end() if match else self.position
+            if self.position < len(self.text) or not self._read_more():
+                return
+
+    def line(self, position: int | None = None) -> int:
+        """Return the line number, counted from 1, of a position in the window."""
+        return self._lines_before + self.text.count("\n", 0, self.position if position is None else position)
+
+    def byte(self) -> int:
+        """Return the byte of the file this position is at; asked after every row, it costs one pass over the text."""
+        self._bytes_before += len(self.text[self._counted : self.position].encode())
+        self._counted = self.position
+        return self._bytes_before
+
+    def decode(self, number: int) -> Any:
+        """Return the JSON value that starts here and move past it."""
+        while True:
+            try:
+                value, end = self._decode(self.text, self.position)
+                if end < len(self.text) or isinstance(value, (dict, list)) or not self._read_more():
+                    self.position = end
+                    return value
+            except json.JSONDecodeError as error:
+                if self._may_be_cut(error) and self._read_more():
+                    continue
+                line = self.line(error.pos)
+                column = error.pos - self.text.rfind("\n", 0, error.pos)
+                raise DataError(
+                    f"{self.path}: line {line}, column {column}: malformed JSON in row {number} ({error.msg}). Mend that line; "
+                    f"{_EXPECTED}."
+                ) from None
+            except (RecursionError, ValueError) as error:
+                raise DataError(f"{self.path}: line {self.line()}: row {number} cannot be read ({error}).") from None
+
+    def _may_be_cut(self, error: json.JSONDecodeError) -> bool:
+        """Whether the window's end, rather than the text, may be what is wrong."""
+        if len(self.text) - self.position > MAX_ROW_CHARACTERS:
+            return False
+        return error.msg.startswith("Unterminated string") or error.pos > len(self.text) - 16
