@@ -1,0 +1,384 @@
+"""One LLaVA row -> messages -> input ids and labels. Pure Python; docs/data-formats.md says what every odd row means."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+from vir_hf.errors import DataError
+from vir_hf.templates import ChatLayout, Piece, chat_template_for
+
+PLACEHOLDER = "<image>"  # in the data; the tokenizer's own word for an image is processor.image_token
+IGNORE = -100
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+# What row_problems can report. The first three stop to_messages, nothing_supervised stops encode_row; the others are
+# rows with a documented meaning that their owner may not have intended.
+PROBLEM_KINDS = {
+    "bad_row": "Correct the row or leave it out.",
+    "bad_role": f"Name the speaker with one of {sorted(ROLES)}.",
+    "placeholder_mismatch": f"Write one {PLACEHOLDER} for each image, in the human's turns.",
+    "nothing_supervised": "Give the row at least one answer that is not empty, or leave it out.",
+    "no_placeholder": f"Write {PLACEHOLDER} where the image belongs; without it, images come before the first question.",
+    "placeholder_in_answer": f"{PLACEHOLDER} in an answer is learned as these letters; remove it.",
+    "empty_answer": "Write an answer; an empty one is kept in the conversation but not learned.",
+    "bad_order": "Nothing need be done if the order is meant.",
+}
+FATAL_KINDS = ("bad_row", "bad_role", "placeholder_mismatch")
+
+
+def to_messages(row: Any, *, where: str = "") -> dict[str, Any]:
+    """Return the row as `{"id", "messages", "images"}`.
+
+    Each message is `{"role": "user" | "assistant" | "system", "content": [...]}` with parts `{"type": "text", "text": str}`
+    and `{"type": "image"}`; `images` lists the references as written, one for each image part, in reading order. Takes
+    raw LLaVA rows (`conversations`) and rows that have `messages` already; what it returns, it takes unchanged.
+
+    Args:
+        row: one row of the file.
+        where: put before an error, for example `"train.json row 17"`.
+
+    Raises:
+        DataError: the row is no LLaVA row, a role is unknown, or placeholders and images differ in number.
+    """
+    for kind, detail in row_problems(row):
+        if kind in FATAL_KINDS:
+            raise DataError(f"{_place(row, where)}{detail}. {PROBLEM_KINDS[kind]}")
+    turns, images = _turns(row), _images(row)
+    messages = _join_turns([(role, _parts(value, role, _reads_words(turns, images))) for role, value in turns])
+    if images and not any(part["type"] == "image" for message in messages for part in message["content"]):
+        _put_images_first(messages, len(images))
+    for message in messages:
+        message["content"] = _tidy(message["content"])
+    return {"id": str(row["id"]) if row.get("id") is not None else "", "messages": messages, "images": images}
+
+
+def row_problems(row: Any) -> Iterator[tuple[str, str]]:
+    """Yield `(kind, detail)` for everything unusual in a row, the kinds of `PROBLEM_KINDS`; nothing for a plain row."""
+    try:
+        turns, images = _turns(row), _images(row)
+    except DataError as error:
+        yield "bad_row", str(error)
+        return
+    unknown = [(number, role) for number, (role, _) in enumerate(turns, 1) if role not in ROLES]
+    if unknown:
+        yield from (("bad_role", f"turn {number} is from {role!r}") for number, role in unknown)
+        return
+    reads_words = _reads_words(turns, images)
+    parts = [(ROLES[role], _parts(value, role, reads_words)) for role, value in turns]
+    num_placeholders = sum(part["type"] == "image" for _, content in parts for part in content)
+    if num_placeholders != len(images):
+        kind = "placeholder_mismatch" if num_placeholders else "no_placeholder"
+        yield kind, f"{num_placeholders} {PLACEHOLDER} in the human's turns and {len(images)} images"
+    for number, (role, content) in enumerate(parts, 1):
+        if role == "assistant" and PLACEHOLDER in _text(content):
+            yield "placeholder_in_answer", f"turn {number}, an answer, contains {PLACEHOLDER}"
+        if role == "assistant" and not _text(content).strip():
+            yield "empty_answer", f"turn {number}, an answer, is empty"
+    if not any(role == "assistant" and _text(content).strip() for role, content in parts):
+        yield "nothing_supervised", "no turn is an answer with text in it"
+    yield from (("bad_order", detail) for detail in _order_oddities([role for role, _ in parts]))
+
+
+def _order_oddities(roles: list[str]) -> Iterator[str]:
+    spoken = [role for role in roles if role != "system"]
+    opening = next((i for i, role in enumerate(roles) if role != "system"), len(roles))
+    if spoken[:1] == ["assistant"]:
+        yield "the conversation begins with an answer"
+    if spoken[-1:] == ["user"]:
+        yield "the conversation ends with a question that nobody answers"
+    if "system" in roles[opening:]:
+        yield "a system turn comes after the conversation began; it is read as part of the human's turn"
+    for number in range(1, len(roles)):
+        if roles[number] == roles[number - 1] != "system":
+            yield f"turns {number} and {number + 1} are of the same speaker; they are joined by a newline"
+
+
+def _place(row: Any, where: str) -> str:
+    name = f"id {row['id']!r}" if isinstance(row, Mapping) and row.get("id") else ""
+    place = ", ".join(filter(None, (where, name)))
+    return f"{place}: " if place else ""
+
+
+def _turns(row: Any) -> list[tuple[str, Any]]:
+    """Return (speaker, value) of every turn; the value is a string or a list of parts."""
+    if not isinstance(row, Mapping):
+        raise DataError(f"a row must be an object with 'conversations', found {_shown(row)}")
+    turns = row.get("messages") if row.get("messages") is not None else row.get("conversations")
+    if turns is None:
+        raise DataError(f"the row has neither 'conversations' nor 'messages', only {sorted(map(str, row))}")
+    if not isinstance(turns, (list, tuple)) or not turns:
+        raise DataError(f"the conversation must be a list of turns with at least one turn, found {_shown(turns)}")
+    found = []
+    for number, turn in enumerate(turns, 1):
+        if not isinstance(turn, Mapping):
+            raise DataError(f"turn {number} must be an object with 'from' and 'value', found {_shown(turn)}")
+        role = turn.get("from") if turn.get("from") is not None else turn.get("role")
+        value = turn.get("value") if turn.get("value") is not None else turn.get("content")
+        if not isinstance(role, str):
+            raise DataError(f"turn {number} must say who speaks in 'from', found {_shown(role)}")
+        if not isinstance(value, str):
+            _check_parts(value, number, role)
+        found.append((role, value))
+    return found
+
+
+def _check_parts(value: Any, number: int, role: str) -> None:
+    if not isinstance(value, (list, tuple)):
+        raise DataError(f"turn {number} must have its text in 'value', found {_shown(value)}")
+    for part in value:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "text" and not isinstance(part.get("text"), str):
+            raise DataError(f"turn {number} has a text part whose text is {_shown(part.get('text'))}")
+        if kind not in ("text", "image"):
+            raise DataError(f"turn {number} has a part that is neither text nor image: {_shown(part)}")
+        if kind == "image" and ROLES.get(role) == "assistant":
+            raise DataError(f"turn {number} is an answer with an image in it; answers are text")
+
+
+def _images(row: Mapping[str, Any]) -> list[Any]:
+    given = [row[key] for key in ("images", "image") if row.get(key) is not None]
+    images = [list(value) if isinstance(value, (list, tuple)) else [value] for value in given]
+    if len(images) == 2 and images[0] and images[1] and images[0] != images[1]:
+        raise DataError("the row has both 'image' and 'images', and they differ")
+    listed = next((value for value in images if value), [])
+    for image in listed:
+        if image is None or image == "" or isinstance(image, (bool, int, float, list, tuple)):
+            raise DataError(f"an image must be the name of a file, found {_shown(image)}")
+    return listed
+
+
+def _shown(value: Any) -> str:
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _reads_words(turns: list[tuple[str, Any]], images: list[Any]) -> bool:
+    """Return whether `<image>` in the text of content lists is a placeholder: no list has an image part, the row has images."""
+    lists = [value for _, value in turns if not isinstance(value, str)]
+    return bool(images) and not any(part["type"] == "image" for value in lists for part in value)
+
+
+def _parts(value: Any, role: str, reads_words: bool) -> list[dict[str, str]]:
+    if not isinstance(value, str):
+        parts = [{"type": "image"} if p["type"] == "image" else {"type": "text", "text": p["text"]} for p in value]
+    else:
+        parts = [{"type": "text", "text": value}]
+    if ROLES.get(role) == "assistant" or not (reads_words or isinstance(value, str)):
+        return parts
+    split: list[dict[str, str]] = []
+    for part in parts:
+        if part["type"] == "image":
+            split.append(part)
+            continue
+        first, *others = part["text"].split(PLACEHOLDER)
+        split.append({"type": "text", "text": first})
+        for text in others:
+            split += [{"type": "image"}, {"type": "text", "text": text}]
+    return split
+
+
+def _join_turns(turns: Sequence[tuple[str, list[dict[str, str]]]]) -> list[dict[str, Any]]:
+    """Return messages: a late system turn belongs to the human, turns of one speaker in a row are joined by a newline."""
+    messages: list[dict[str, Any]] = []
+    for word, parts in turns:
+        role = ROLES[word]
+        if role == "system" and messages and messages[-1]["role"] != "system":
+            role = "user"
+        if messages and messages[-1]["role"] == role:
+            messages[-1]["content"] += [{"type": "text", "text": "\n"}, *parts]
+        else:
+            messages.append({"role": role, "content": list(parts)})
+    return messages
+
+
+def _put_images_first(messages: list[dict[str, Any]], count: int) -> None:
+    images = [{"type": "image"} for _ in range(count)]
+    for message in messages:
+        if message["role"] == "user":
+            message["content"] = [*images, *message["content"]]
+            return
+    messages.insert(int(messages[0]["role"] == "system"), {"role": "user", "content": images})
+
+
+def _text(content: list[dict[str, str]]) -> str:
+    return "".join(part["text"] for part in content if part["type"] == "text")
+
+
+def _tidy(content: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Return the parts in normal form: LLaVA's rule for one image, neighbouring texts joined, no empty text beside others.
+
+    One image goes to the front and the text loses its outer white space. Of several images each stays where it is; those
+    that lead the turn lose the white space between them, because the templates put each on a line of its own.
+    """
+    num_images = sum(part["type"] == "image" for part in content)
+    if num_images == 0:
+        return [{"type": "text", "text": _text(content)}]
+    if num_images == 1:
+        text = _text(content).strip()
+        return [{"type": "image"}, {"type": "text", "text": text}] if text else [{"type": "image"}]
+    joined: list[dict[str, str]] = []
+    for part in content:
+        if part["type"] == "text" and joined and joined[-1]["type"] == "text":
+            joined[-1] = {"type": "text", "text": joined[-1]["text"] + part["text"]}
+        else:
+            joined.append(part)
+    tidy: list[dict[str, str]] = []
+    for index, part in enumerate(joined):
+        if part["type"] == "text":
+            text = part["text"].rstrip() if index == len(joined) - 1 else part["text"]
+            leads = all(earlier["type"] == "image" for earlier in tidy)
+            part = {"type": "text", "text": text.lstrip() if leads else text}
+        if part["type"] == "image" or part["text"]:
+            tidy.append(part)
+    return tidy
+
+
+def encode_row(
+    row: Any, processor: Any, expand_images: bool = True, *, max_length: int | None = None, where: str = ""
+) -> dict[str, Any]:
+    """Return `{"input_ids", "labels"}`: what the model reads and what it learns.
+
+    Labels are -100 except at the answers' tokens and the token that ends each answer's turn. The ids before an answer are
+    those of the prompt that asks for it, so training meets exactly what inference sends. Text in the data that looks like
+    a special token stays text.
+
+    Args:
+        row: a raw LLaVA row, or what `to_messages` returns.
+        processor: anything with `tokenizer`, `image_token`, `image_token_id`, `num_image_tokens`, `template` and
+            `chat_template`.
+        expand_images: write `num_image_tokens` ids for each image; otherwise one.
+        max_length: drop turns from the end until at most so many ids are left; then `num_images` is in the result too:
+            how many of the row's images, from the front, are still shown.
+        where: put before an error, for example `"train.json row 17"`.
+
+    Raises:
+        DataError: no row of a conversation, nothing to learn in it, or its first answer does not begin before
+            `max_length`.
+    """
+    row = to_messages(row, where=where)
+    try:
+        encoded = _encode(row["messages"], processor, expand_images)
+        if not encoded.ends:
+            raise DataError(f"nothing to learn: no answer has text in it. {PROBLEM_KINDS['nothing_supervised']}")
+        if max_length is None:
+            return {"input_ids": encoded.input_ids, "labels": encoded.labels}
+        return _fit(row["messages"], encoded, processor, expand_images, max_length)
+    except DataError as error:
+        raise DataError(f"{_place(row, where)}{error}") from error
+
+
+def _fit(
+    messages: list[dict[str, Any]], encoded: _Encoded, processor: Any, expand_images: bool, max_length: int
+) -> dict[str, Any]:
+    """Return the row cut to `max_length`: whole turns from the end, then the end of the first answer, never an image."""
+    answered = list(encoded.ends)
+    if len(encoded.input_ids) > max_length:
+        fitting = [number for number in answered if encoded.ends[number] <= max_length]
+        for number in reversed(fitting or answered[:1]):
+            messages = messages[: number + 1]
+            encoded = _encode(messages, processor, expand_images)
+            if encoded.ends[number] <= max_length:
+                break
+    input_ids, labels = encoded.input_ids[:max_length], encoded.labels[:max_length]
+    if all(label == IGNORE for label in labels):
+        asked = next(i for i, label in enumerate(encoded.labels) if label != IGNORE)
+        num_images = sum(part["type"] == "image" for message in messages for part in message["content"])
+        raise DataError(
+            f"the first question alone takes {asked} tokens ({num_images} images of {processor.num_image_tokens} tokens "
+            f"among them) and leaves none of max_length={max_length} for its answer. "
+            f"Set max_length above {asked}, shorten the question, or leave the row out."
+        )
+    num_images = sum(part["type"] == "image" for message in messages for part in message["content"])
+    return {"input_ids": input_ids, "labels": labels, "num_images": num_images}
+
+
+class _Encoded(NamedTuple):
+    input_ids: list[int]
+    labels: list[int]
+    ends: dict[int, int]  # number of an answered message -> how many ids there are up to the end of its turn
+
+
+def _encode(messages: list[dict[str, Any]], processor: Any, expand_images: bool, prompt: bool = False) -> _Encoded:
+    tokenizer = processor.tokenizer
+    layout = _layout(processor)
+    chunks, marks, answers = _chunks(layout, layout.pieces(tokenizer, messages, prompt), messages)
+    # The image token stands between all chunks: at images, and as a cut where tokens must not grow together. A special
+    # token keeps its neighbours apart, and no text begins anew after it, so one call tokenises the whole row.
+    ids = tokenizer(
+        layout.image_token.join(chunks), add_special_tokens=False, return_attention_mask=False, verbose=False
+    )
+    ids = ids["input_ids"]
+    separator = processor.image_token_id
+    if ids.count(separator) != len(marks):
+        raise DataError(
+            f"the tokenizer does not read {layout.image_token!r} as the one id {separator}. "
+            "Call vir_hf.templates.prepare_tokenizer on it."
+        )
+    image_ids = [separator] * (processor.num_image_tokens if expand_images else 1)
+    input_ids: list[int] = []
+    labels: list[int] = []
+    ends: dict[int, int] = {}
+    start = 0
+    for chunk, answer in enumerate(answers):
+        end = ids.index(separator, start) if chunk < len(marks) else len(ids)
+        piece = ids[start:end]
+        input_ids += piece
+        if answer >= 0:
+            labels += piece
+            ends[answer] = len(labels)
+        else:
+            labels += [IGNORE] * len(piece)
+        if chunk < len(marks) and marks[chunk]:
+            input_ids += image_ids
+            labels += [IGNORE] * len(image_ids)
+        start = end + 1
+    if labels:
+        labels[0] = IGNORE
+    return _Encoded(input_ids, labels, ends)
+
+
+_LAYOUTS: WeakKeyDictionary[Any, dict[tuple[Any, ...], ChatLayout]] = WeakKeyDictionary()
+
+
+def _layout(processor: Any) -> ChatLayout:
+    tokenizer, image_token = processor.tokenizer, processor.image_token
+    chat_template = getattr(processor, "chat_template", None)
+    key = (processor.template, chat_template, image_token, tokenizer.eos_token, tokenizer.bos_token, len(tokenizer))
+    layouts = _LAYOUTS.setdefault(tokenizer, {})
+    if key not in layouts:
+        text = chat_template or chat_template_for(processor.template, tokenizer, image_token)
+        layouts[key] = ChatLayout.of(tokenizer, processor.template, text, image_token)
+    return layouts[key]
+
+
+def _chunks(
+    layout: ChatLayout, pieces: list[Piece], messages: list[dict[str, Any]]
+) -> tuple[list[str], list[bool], list[int]]:
+    """Return texts to tokenise apart, whether an image stands after each, and the answer that learns each (or -1)."""
+    texts = [part["text"] for message in messages for part in message["content"] if part.get("text")]
+    chunks, marks, answers = [""], [], [-1]
+    for piece in pieces:
+        if piece.is_image or piece.answer != answers[-1]:
+            chunks.append("")
+            marks.append(piece.is_image)
+            answers.append(piece.answer)
+        if piece.slot < 0:
+            chunks[-1] += piece.text
+            continue
+        first, *others = _break_specials(texts[piece.slot], layout)
+        chunks[-1] += first
+        for text in others:
+            chunks.append(text)
+            marks.append(False)
+            answers.append(piece.answer)
+    return chunks, marks, answers
+
+
+def _break_specials(text: str, layout: ChatLayout) -> list[str]:
+    """Return the text cut inside everything the tokenizer would take for a special token, so that it stays text."""
+    if layout.specials_pattern is None or not layout.specials_pattern.search(text):
+        return [text]
+    cuts = [0] + [match.start() + 1 for match in layout.specials_pattern.finditer(text)] + [len(text)]
+    return [text[start:end] for start, end in zip(cuts, cuts[1:], strict=False)]

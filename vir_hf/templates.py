@@ -1,0 +1,411 @@
+"""Chat templates: their jinja text, the tokenizer they need, and where the answers stand in what they render.
+
+A template is one jinja string. It is saved with the processor, and stock transformers renders prompts with it; training
+renders the same string, so a model is trained on exactly the prompt it will be asked with.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+
+from vir_hf.errors import DataError, RecipeError
+
+# Every template begins with what chat_template_for writes in front: vir_image (the image token), vir_start (BOS, where
+# the tokenizer wants one), vir_pad, vir_end (what closes a turn) and vir_write, which turns a content list into text.
+# One image of a turn goes to its front; images that lead a turn stand on a line each; other images stay where they are.
+_WRITE = r"""
+{%- macro vir_write(content) -%}
+    {%- if content is string -%}
+        {{- content -}}
+    {%- else -%}
+        {%- set images = content | selectattr('type', 'equalto', 'image') | list -%}
+        {%- set texts = content | selectattr('type', 'equalto', 'text') | list -%}
+        {%- set vir = namespace(leading=true) -%}
+        {%- for part in (images + texts if images | length == 1 else content) -%}
+            {%- if part.type == 'image' -%}
+                {{- vir_image + ('\n' if vir.leading and not loop.last else '') -}}
+            {%- elif part.type == 'text' -%}
+                {%- set vir.leading = false -%}
+                {{- part.text -}}
+            {%- endif -%}
+        {%- endfor -%}
+    {%- endif -%}
+{%- endmacro -%}
+"""
+
+_SYSTEM = r"""
+{%- set given = messages | length > 0 and messages[0].role == 'system' -%}
+{%- set system = vir_write(messages[0].content) if given else 'DEFAULT' -%}
+"""
+
+TEMPLATES: dict[str, str] = {
+    "vicuna_v1": _SYSTEM.replace(
+        "'DEFAULT'",
+        '"A chat between a curious user and an artificial intelligence assistant. '
+        "The assistant gives helpful, detailed, and polite answers to the user's questions.\"",
+    )
+    + r"""
+{{- vir_start + vir_pad + (system + ' ' if system else '') -}}
+{%- for message in (messages[1:] if given else messages) -%}
+    {%- if message.role == 'assistant' -%}
+        {{- 'ASSISTANT: ' + vir_write(message.content) + vir_end -}}
+    {%- else -%}
+        {{- 'USER: ' + vir_write(message.content) + ' ' -}}
+    {%- endif -%}
+{%- endfor -%}
+{{- 'ASSISTANT:' if add_generation_prompt else '' -}}""",
+    "plain": r"""
+{{- vir_start -}}
+{%- for message in messages -%}
+    {%- if message.role == 'assistant' -%}
+        {{- vir_pad + vir_write(message.content) + vir_end -}}
+    {%- elif message.content is string -%}
+        {{- vir_image * message.content.count(vir_image) -}}
+    {%- else -%}
+        {{- vir_image * (message.content | selectattr('type', 'equalto', 'image') | list | length) -}}
+    {%- endif -%}
+{%- endfor -%}""",
+    "llama_2": _SYSTEM.replace(
+        "DEFAULT",
+        "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+        "provides, and assist the user with a variety of tasks using natural language.",
+    )
+    + r"""
+{%- set vir = namespace(system='<<SYS>>\n' + system + '\n<</SYS>>\n\n' if system else '', open=false) -%}
+{{- vir_start + vir_pad -}}
+{%- for message in (messages[1:] if given else messages) -%}
+    {%- if message.role == 'assistant' -%}
+        {{- ('' if vir.open else '[INST] ' + vir.system + ' [/INST]') + ' ' + vir_write(message.content) + ' ' -}}
+        {{- vir_end + ('' if loop.last else vir_start) -}}
+        {%- set vir.open = false -%}
+    {%- else -%}
+        {{- '[INST] ' + vir.system + vir_write(message.content) + ' [/INST]' -}}
+        {%- set vir.open = true -%}
+    {%- endif -%}
+    {%- set vir.system = '' -%}
+{%- endfor -%}""",
+    "llama_3": _SYSTEM.replace(
+        "DEFAULT",
+        "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+        "provides, and assist the user with a variety of tasks using natural language.",
+    )
+    + r"""
+{{- vir_start -}}
+{%- if system -%}
+    {{- '<|start_header_id|>system<|end_header_id|>\n\n' + system + vir_end -}}
+{%- endif -%}
+{%- for message in (messages[1:] if given else messages) -%}
+    {{- '<|start_header_id|>' + ('assistant' if message.role == 'assistant' else 'user') + '<|end_header_id|>\n\n' -}}
+    {{- vir_write(message.content) + vir_end -}}
+{%- endfor -%}
+{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' if add_generation_prompt else '' -}}""",
+    "chatml": _SYSTEM.replace("DEFAULT", "You are a helpful assistant.")
+    + r"""
+{{- vir_start -}}
+{%- if system -%}
+    {{- '<|im_start|>system\n' + system + vir_end + '\n' -}}
+{%- endif -%}
+{%- for message in (messages[1:] if given else messages) -%}
+    {{- '<|im_start|>' + ('assistant' if message.role == 'assistant' else 'user') + '\n' -}}
+    {{- vir_write(message.content) + vir_end + '\n' -}}
+{%- endfor -%}
+{{- '<|im_start|>assistant\n' if add_generation_prompt else '' -}}""",
+}
+TEMPLATE_NAMES = (*TEMPLATES, "auto")
+
+# What stands before the tokenizer's own template: contents become strings, as such templates expect.
+_AUTO = r"""
+{%- set vir = namespace(messages=[]) -%}
+{%- for message in messages -%}
+    {%- if message.content is defined -%}
+        {%- set vir.messages = vir.messages + [dict(message, content=vir_write(message.content))] -%}
+    {%- else -%}
+        {%- set vir.messages = vir.messages + [message] -%}
+    {%- endif -%}
+{%- endfor -%}
+{%- set messages = vir.messages -%}
+{{- vir_start }}"""
+_MARK = "{#- written by vir_hf -#}"
+
+# Llama-2's tokenizer as LLaVA used it (legacy=False) puts a space before a text, not after a special token.
+_LLAMA_2_STYLE = ("vicuna_v1", "plain", "llama_2")
+_TURN_ENDS = {"llama_3": "<|eot_id|>", "chatml": "<|im_end|>"}
+
+
+def prepare_tokenizer(tokenizer: Any, template: str = "vicuna_v1", image_token: str = "<image>") -> Any:
+    """Return the tokenizer, changed in place so that it holds the image token and tokenises as LLaVA's did.
+
+    The image token becomes one special token. For `vicuna_v1`, `plain` and `llama_2` a SentencePiece tokenizer is set to
+    `legacy=False`: no space is put after a special token. The change is kept by `save_pretrained`. Doing it twice is
+    harmless. The embeddings must then be as many as `len(tokenizer)`.
+
+    Raises:
+        RecipeError: the template is unknown.
+    """
+    if template not in TEMPLATE_NAMES:
+        raise RecipeError(f"unknown template {template!r}; expected one of {list(TEMPLATE_NAMES)}. Set model.template.")
+    known = tokenizer.added_tokens_encoder.get(image_token)
+    if known is None or not tokenizer.added_tokens_decoder[known].special:
+        tokenizer.add_tokens([image_token], special_tokens=True)
+    if template in _LLAMA_2_STYLE and getattr(tokenizer, "is_fast", False):
+        _leave_special_tokens_bare(tokenizer)
+    return tokenizer
+
+
+def _leave_special_tokens_bare(tokenizer: Any) -> None:
+    backend = tokenizer.backend_tokenizer
+    metaspace = backend.pre_tokenizer
+    if type(metaspace).__name__ == "Metaspace" and metaspace.prepend_scheme == "always":
+        metaspace.prepend_scheme = "first"
+        backend.pre_tokenizer = metaspace
+    if hasattr(tokenizer, "legacy"):
+        tokenizer.legacy = False
+
+
+def chat_template_for(template: str, tokenizer: Any, image_token: str = "<image>") -> str:
+    """Return the jinja chat template to save with the processor: content parts and strings, images as `image_token`.
+
+    BOS is written where the tokenizer itself begins a text with BOS. A turn is closed by the template's own token if the
+    tokenizer has it as a special token, else by EOS, so that a trained model always learns to stop.
+
+    Args:
+        template: `vicuna_v1`, `plain`, `llama_2`, `llama_3`, `chatml`, or `auto` for the tokenizer's own chat template.
+        tokenizer: a tokenizer that holds `image_token` (see `prepare_tokenizer`).
+
+    Raises:
+        RecipeError: unknown template, `auto` without a chat template, no EOS token, no image token.
+    """
+    if template not in TEMPLATE_NAMES:
+        raise RecipeError(f"unknown template {template!r}; expected one of {list(TEMPLATE_NAMES)}. Set model.template.")
+    if image_token not in tokenizer.added_tokens_encoder:
+        raise RecipeError(
+            f"the tokenizer has no special token {image_token!r}. Call prepare_tokenizer(tokenizer, {template!r}) first."
+        )
+    begins = bool(tokenizer.bos_token) and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    start, pad = (tokenizer.bos_token if begins else ""), _text_start_space(tokenizer, image_token)
+    image, end = image_token + pad, tokenizer.eos_token
+    body = TEMPLATES.get(template, "")
+    if template == "auto":
+        own = _own_template(tokenizer)
+        if own.startswith(_MARK):
+            return own
+        sample = render(tokenizer, own, [{"role": "user", "content": "a"}])
+        start = "" if start and sample.startswith(start) else start
+        # trim_blocks and lstrip_blocks see the first line of the tokenizer's template as it stood alone.
+        body = _AUTO + re.sub(r"\A[ \t]+(?=\{[%#])", "", own)
+    elif template == "plain":
+        image, end = image_token, "\n"
+    elif template in _TURN_ENDS and _TURN_ENDS[template] in special_tokens(tokenizer):
+        end = _TURN_ENDS[template]
+    elif not end:
+        raise RecipeError(
+            f"template {template!r} closes a turn with EOS, and this tokenizer has none. Set its eos_token."
+        )
+    values = {"vir_image": image, "vir_start": start, "vir_pad": pad, "vir_end": end or ""}
+    sets = "".join(f"{{%- set {name} = {json.dumps(value, ensure_ascii=False)} -%}}" for name, value in values.items())
+    return _MARK + sets + _WRITE + body
+
+
+def _text_start_space(tokenizer: Any, image_token: str) -> str:
+    """Return a space if the tokenizer puts one before a text but not before what follows a special token."""
+    alone = tokenizer("a", add_special_tokens=False)["input_ids"]
+    return " " if tokenizer(image_token + "a", add_special_tokens=False)["input_ids"][1:] != alone else ""
+
+
+def _own_template(tokenizer: Any) -> str:
+    own = getattr(tokenizer, "chat_template", None)
+    own = own.get("default") if isinstance(own, dict) else own
+    if not own:
+        raise RecipeError(
+            f"template 'auto' means the tokenizer's own chat template, and this tokenizer has none. "
+            f"Set model.template to one of {list(TEMPLATES)}."
+        )
+    return str(own)
+
+
+def special_tokens(tokenizer: Any) -> list[str]:
+    """Return the texts that the tokenizer reads as one special token, longest first."""
+    tokens = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return sorted(tokens, key=lambda token: (-len(token), token))
+
+
+def render(tokenizer: Any, chat_template: str, messages: list[dict[str, Any]], prompt: bool = False) -> str:
+    """Return the conversation as text, by transformers' own renderer; `prompt` adds the generation prompt."""
+    text = tokenizer.apply_chat_template(
+        messages, chat_template=chat_template, tokenize=False, add_generation_prompt=prompt
+    )
+    return str(text)
+
+
+# A conversation's shape: its roles and the kinds of its content parts. Two conversations of one shape differ only in
+# their texts, so what a template writes around the texts is found once a shape, with a sentinel in place of each text.
+Shape = tuple[tuple[str, tuple[str, ...]], ...]
+_SENTINEL = re.compile("\ue000([0-9]+)\ue001")
+
+
+def shape_of(messages: Sequence[dict[str, Any]]) -> Shape:
+    """Return roles and part kinds (`text`, `image`, or `nothing` for an empty text)."""
+    return tuple(
+        (
+            m["role"],
+            tuple("image" if p["type"] == "image" else "text" if p["text"] else "nothing" for p in m["content"]),
+        )
+        for m in messages
+    )
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One stretch of a rendered conversation: template text, one of the row's texts, or an image."""
+
+    text: str = ""
+    slot: int = -1  # which of the row's texts stands here, or -1
+    answer: int = -1  # which answer (by number of the message) learns this piece, or -1
+    is_image: bool = False
+
+
+@dataclass
+class ChatLayout:
+    """Where a chat template puts texts and images, and which of it is learned; kept once per tokenizer and template."""
+
+    template: str
+    chat_template: str
+    image_token: str
+    specials: list[str]
+    reads_contents: bool  # the template may look at contents (trim them, cut thinking out): rendered for every row
+    closing: str | None = None
+    generation_prompt: str = ""
+    eos_token: str | None = None
+    specials_pattern: re.Pattern[str] | None = None
+    _pieces: dict[tuple[Shape, bool], list[Piece]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, tokenizer: Any, template: str, chat_template: str, image_token: str) -> ChatLayout:
+        known = template in TEMPLATES and chat_template == chat_template_for(template, tokenizer, image_token)
+        layout = cls(template, chat_template, image_token, special_tokens(tokenizer), reads_contents=not known)
+        layout.eos_token = tokenizer.eos_token
+        # A look-ahead, so that specials which overlap are all found.
+        words = [re.escape(token) for token in layout.specials if len(token) > 1]
+        layout.specials_pattern = re.compile(f"(?=({'|'.join(words)}))") if words else None
+        turn: Shape = (("user", ("text",)), ("assistant", ("text",)))
+        asked, answered = layout._render(tokenizer, turn[:1]), layout._render(tokenizer, turn)
+        prompted = layout._render(tokenizer, turn[:1], prompt=True)
+        layout.generation_prompt = prompted[len(asked) :] if prompted.startswith(asked) else ""
+        layout.closing = "\n" if template == "plain" else layout._special_at(_SENTINEL.split(answered)[-1])[1]
+        return layout
+
+    def pieces(self, tokenizer: Any, messages: list[dict[str, Any]], prompt: bool = False) -> list[Piece]:
+        """Return the rendered conversation in pieces; joined, with the row's texts in their slots, it is the render.
+
+        Raises:
+            DataError: the template refuses the conversation, or changes it so that answers cannot be told apart.
+        """
+        shape = shape_of(messages)
+        found = self._pieces.get((shape, prompt))
+        if found is None:
+            if len(self._pieces) > 4096:
+                self._pieces.clear()
+            found = self._pieces[shape, prompt] = self._cut(tokenizer, shape, prompt)
+        return found
+
+    def _render(self, tokenizer: Any, shape: Shape, prompt: bool = False) -> str:
+        return render(tokenizer, self.chat_template, _with_sentinels(shape), prompt)
+
+    def _special_at(self, text: str) -> tuple[int, str | None]:
+        """Return the special token that `text` begins with, after white space, and where it ends."""
+        bare = text.lstrip()
+        for token in self.specials:
+            if bare.startswith(token):
+                return len(text) - len(bare) + len(token), token
+        return 0, None
+
+    def _cut(self, tokenizer: Any, shape: Shape, prompt: bool) -> list[Piece]:
+        try:
+            rendered = self._render(tokenizer, shape, prompt)
+        except (TemplateError, TypeError, ValueError) as error:
+            raise DataError(
+                f"the chat template refuses a conversation of the roles {[role for role, _ in shape]}: {error}. "
+                f"Choose another template (one of {list(TEMPLATES)}) or change the order of the turns."
+            ) from error
+        parts = _SENTINEL.split(rendered)
+        literals, slots = parts[0::2], [int(slot) for slot in parts[1::2]]
+        owners = _owners(shape)
+        answers = {slot: number for slot, number in enumerate(owners) if shape[number][0] == "assistant"}
+        if [slot for slot in slots if slot in answers] != list(answers):
+            raise DataError("the chat template leaves out, repeats or reorders answers. Choose another template.")
+        num_images = sum(kinds.count("image") for _, kinds in shape)
+        if rendered.count(self.image_token) != num_images:
+            raise DataError(
+                f"the chat template writes {rendered.count(self.image_token)} of {num_images} images. "
+                "Choose another template."
+            )
+        pieces: list[Piece] = []
+        last = len(shape) - 1
+        for index, literal in enumerate(literals):
+            before, after = slots[index - 1] if index else -1, slots[index] if index < len(slots) else -1
+            closed = 0
+            if before in answers and not prompt:
+                number = answers[before]
+                closed = self._closing_length(literal)
+                if not closed and self.closing is None and number == last and self.eos_token:
+                    pieces.append(Piece(self.eos_token, answer=number))
+                    break
+                pieces.append(Piece(literal[:closed], answer=number))
+            opened = len(literal)
+            if after in answers and not prompt:
+                opened = max(closed, self._answer_start(tokenizer, shape[: answers[after]], literal))
+            pieces.extend(self._with_images(literal[closed:opened]))
+            if after >= 0:
+                number = answers.get(after, -1) if not prompt else -1
+                pieces.append(Piece(literal[opened:], answer=number))
+                pieces.append(Piece(slot=after, answer=number))
+        return [piece for piece in pieces if piece.text or piece.slot >= 0 or piece.is_image]
+
+    def _closing_length(self, literal: str) -> int:
+        """Return how much of the text after an answer the model must write to end its turn."""
+        if self.template == "plain":
+            return 1 if literal.startswith("\n") else 0
+        length, token = self._special_at(literal)
+        return length if token == self.closing else 0
+
+    def _answer_start(self, tokenizer: Any, asked: Shape, literal: str) -> int:
+        """Return where, in the text before an answer, the prompt of inference ends and the model begins to write."""
+        bare = len(literal.rstrip())
+        try:
+            tail = _SENTINEL.split(self._render(tokenizer, asked, prompt=True))[-1]
+        except (TemplateError, TypeError, ValueError, IndexError):
+            found = literal.rfind(self.generation_prompt) if self.generation_prompt else -1
+            return found + len(self.generation_prompt) if found >= 0 else bare
+        same = next(
+            (i for i, (a, b) in enumerate(zip(tail, literal, strict=False)) if a != b), min(len(tail), len(literal))
+        )
+        return same if self.generation_prompt else max(same, bare)
+
+    def _with_images(self, literal: str) -> list[Piece]:
+        first, *others = literal.split(self.image_token)
+        return [Piece(first)] + [piece for text in others for piece in (Piece(is_image=True), Piece(text))]
+
+
+def _with_sentinels(shape: Shape) -> list[dict[str, Any]]:
+    messages, slot = [], 0
+    for role, kinds in shape:
+        content: list[dict[str, str]] = []
+        for kind in kinds:
+            if kind == "image":
+                content.append({"type": "image"})
+            else:
+                content.append({"type": "text", "text": f"\ue000{slot}\ue001" if kind == "text" else ""})
+                slot += kind == "text"
+        messages.append({"role": role, "content": content})
+    return messages
+
+
+def _owners(shape: Shape) -> list[int]:
+    """Return, for each text slot, the number of its message."""
+    return [number for number, (_, kinds) in enumerate(shape) for kind in kinds if kind == "text"]
