@@ -1,0 +1,123 @@
+"""The command `vir-hf`: looks up what a word means and hands over. Nothing heavy is imported before it is needed."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from vir_hf import __version__
+from vir_hf.errors import DataError, RecipeError
+
+WRONG_CALL = 2
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Command:
+    """A word of the command line: where it is carried out, and one line of help."""
+
+    module: str
+    help: str
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether the module is there; it is not imported to find out."""
+        return importlib.util.find_spec(self.module) is not None
+
+    def load(self) -> Callable[[list[str]], int]:
+        """Return the function that carries it out: arguments in, exit code out."""
+        main: Callable[[list[str]], int] = importlib.import_module(self.module).main
+        return main
+
+
+COMMANDS = {
+    "quickstart": Command("vir_hf.commands.quickstart", "train a tiny model on drawn pictures and look at its answers"),
+    "train": Command("vir_hf.train", "train from a recipe: experiment=NAME section.key=value ..."),
+    "launch": Command("vir_hf.commands.launch", "train on several GPUs through accelerate"),
+    "plan": Command("vir_hf.commands.plan", "memory and time a recipe needs, before any download"),
+    "recipes": Command("vir_hf.commands.recipes", "list the experiments, with stage and hardware"),
+    "data": Command("vir_hf.commands.data", "check, inspect, prepare and cache a data set"),
+    "chat": Command("vir_hf.commands.chat", "talk to a model about pictures in the terminal"),
+    "answer": Command("vir_hf.commands.answer", "answer one question, or a file of them"),
+    "demo": Command("vir_hf.commands.demo", "open the demo in a browser, on this machine"),
+    "evaluate": Command("vir_hf.commands.evaluate", "measure a model on held-out rows or with lmms-eval"),
+    "merge": Command("vir_hf.commands.merge", "write adapter and projector into a plain checkpoint"),
+    "export": Command("vir_hf.commands.export", "write a checkpoint for llava-hf, original LLaVA or llama.cpp"),
+    "import": Command("vir_hf.commands.import_model", "read a checkpoint of the original LLaVA"),
+    "push": Command("vir_hf.commands.push", "publish a run on the Hub with its card"),
+    "space": Command("vir_hf.commands.space", "publish the demo as a Space"),
+    "doctor": Command("vir_hf.commands.doctor", "check this machine, and that fast batches equal single rows"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Carry out one command line and return its exit code: 0 ok, 1 problems found, 2 wrong call or bad recipe or data."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if words else WRONG_CALL
+    if words[0] in ("-V", "--version"):
+        print(f"vir-hf {__version__}")
+        return 0
+    command = COMMANDS.get(words[0])
+    if command is None or not command.is_installed:
+        return fail(_unknown_command(words[0]))
+    return run(command.load, words[1:])
+
+
+def run(load: Callable[[], Callable[[list[str]], int]], argv: list[str]) -> int:
+    """Call a command's function; what the user can mend becomes one line on stderr, without a traceback."""
+    try:
+        return load()(argv)
+    except (RecipeError, DataError) as error:
+        return fail(str(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has gone, as in `vir-hf recipes | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except SystemExit as stop:  # argparse ends this way, having printed help or what was wrong
+        return stop.code if isinstance(stop.code, int) else WRONG_CALL if stop.code else 0
+
+
+def fail(message: str) -> int:
+    """Print an error the user can mend and return the exit code that goes with it."""
+    print(f"error: {message}", file=sys.stderr)
+    return WRONG_CALL
+
+
+def usage() -> str:
+    """Return the help text: every command that is installed, with its line."""
+    lines = [f"  {word:<12}{command.help}" for word, command in COMMANDS.items() if command.is_installed]
+    return "\n".join(
+        [
+            "usage: vir-hf COMMAND [arguments]",
+            "",
+            "LLaVA-style visual instruction tuning, native to Hugging Face.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "`vir-hf COMMAND --help` explains one. Documentation: README.md and docs/.",
+        ]
+    )
+
+
+def _unknown_command(word: str) -> str:
+    """Return the message for a word that is no command, with the nearest one that is."""
+    known = [name for name, command in COMMANDS.items() if command.is_installed]
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    hint = f" Did you mean `vir-hf {near[0]}`?" if near else ""
+    if "=" in word:
+        hint = f" To train: vir-hf train {word}"
+    return f"unknown command {word!r}, expected one of {', '.join(known)}.{hint}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,268 @@
+"""Rules between the keys of a recipe: what is left open is written out, what contradicts itself is refused."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vir_hf import recipe_files
+from vir_hf.errors import RecipeError
+
+if TYPE_CHECKING:
+    from vir_hf.recipe import Recipe
+
+# The experiment whose model and data are made on the spot, so that it names neither.
+SELF_CONTAINED = "quickstart"
+
+
+def write_out(recipe: Recipe) -> None:
+    """Fill in, in place, everything the recipe leaves to a rule, so that the saved recipe says all of it."""
+    training = recipe.training
+    recipe.experiment.stage = training.stage
+    training.arguments.setdefault("output_dir", f"outputs/{recipe.experiment.name}")
+    training.arguments.setdefault("max_length", 2048)
+    if training.share_prefixes is None:
+        training.share_prefixes = training.padding_free
+    _write_out_checkpointing(recipe)
+    _write_out_quantization(recipe)
+    _write_out_trainable(recipe)
+
+
+def _write_out_checkpointing(recipe: Recipe) -> None:
+    """Move transformers' deprecated word for activation checkpointing to the one that stays."""
+    arguments = recipe.training.arguments
+    for old, new in (
+        ("gradient_checkpointing", "activation_checkpointing"),
+        ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
+    ):
+        value = arguments.pop(old, None)
+        if value is None:
+            continue
+        if arguments.get(new) not in (None, value):
+            raise RecipeError(
+                f"training.{old}: found {value}, but training.{new} is {arguments[new]}; both mean the same. "
+                f"Set only training.{new}."
+            )
+        arguments[new] = value
+
+
+def _write_out_quantization(recipe: Recipe) -> None:
+    """Turn model.use_qlora and model.load_in_4bit into quantization and trainable keys."""
+    model, quantization, trainable = recipe.model, recipe.quantization, recipe.trainable
+    for key, value in (("use_qlora", model.use_qlora), ("load_in_4bit", model.load_in_4bit)):
+        if value is None:
+            continue
+        if value and quantization.bits == 8:
+            raise RecipeError(f"model.{key}: true means 4 bit, but quantization says 8 bit. Add quantization=nf4.")
+        if value and model.use_qlora is False:
+            raise RecipeError("model.load_in_4bit: true, but model.use_qlora is false. Remove one of the two.")
+        if value:
+            quantization.arguments = {
+                **recipe_files.packaged_values("quantization", "nf4"),
+                **quantization.arguments,
+                "load_in_4bit": True,
+            }
+        else:
+            kept = {name: v for name, v in quantization.arguments.items() if "4bit" not in name}
+            quantization.arguments = kept if kept.get("load_in_8bit") else {}
+    if model.use_qlora:
+        if trainable.language_model not in (None, "lora"):
+            raise RecipeError(
+                f"model.use_qlora: true trains the language model with LoRA, but trainable.language_model is "
+                f"{trainable.language_model}. Remove one of the two."
+            )
+        trainable.language_model = "lora"
+    model.use_qlora = model.load_in_4bit = None
+
+
+def _write_out_trainable(recipe: Recipe) -> None:
+    """Say for every part how it learns, and with which LoRA settings."""
+    trainable, lora = recipe.trainable, recipe.lora
+    is_finetune = recipe.training.stage == "finetune"
+    if trainable.language_model is None:
+        with_lora = bool(lora.arguments) or recipe.quantization.bits is not None or recipe.model.adapter is not None
+        trainable.language_model = ("lora" if with_lora else "full") if is_finetune else "frozen"
+    if trainable.projector is None:
+        trainable.projector = "full"
+    if trainable.vision_tower is None:
+        trainable.vision_tower = "frozen"
+    if "lora" in (trainable.language_model, trainable.vision_tower) and not lora.arguments:
+        lora.arguments = recipe_files.packaged_values("lora", "default")
+
+
+def check(recipe: Recipe, *, require_data: bool = True) -> None:
+    """Raise for keys that contradict each other; nothing here needs a model or a file.
+
+    Raises:
+        RecipeError: naming the key and the remedy.
+    """
+    _check_model(recipe)
+    _check_data(recipe, require_data)
+    _check_quantization(recipe)
+    _check_trainable(recipe)
+    _check_batches(recipe)
+    _check_training(recipe)
+
+
+def _check_model(recipe: Recipe) -> None:
+    model = recipe.model
+    if recipe.experiment.name == SELF_CONTAINED:
+        return
+    parts = [name for name in ("language_model", "vision_tower") if getattr(model, name)]
+    if model.name_or_path and parts:
+        raise RecipeError(
+            f"model.name_or_path: names a whole model, but model.{parts[0]} is set too. Set model.{parts[0]}=null, or "
+            "model.name_or_path=null to join parts."
+        )
+    if not model.name_or_path and not parts:
+        raise RecipeError(
+            "model: no model is named. Choose experiment=NAME (`vir-hf recipes` lists them), or set model.name_or_path, or "
+            "model.language_model and model.vision_tower."
+        )
+    if len(parts) == 1:
+        other = "vision_tower" if parts == ["language_model"] else "language_model"
+        raise RecipeError(f"model.{other}: is not set, but model.{parts[0]} is. Set model.{other}=NAME_OR_FOLDER.")
+
+
+def _check_data(recipe: Recipe, require_data: bool) -> None:
+    data = recipe.data
+    if data.data_path and data.sources:
+        raise RecipeError("data.data_path: is set, but data.sources too. Keep one; a path can be one of the sources.")
+    if data.sources is not None and not data.sources:
+        raise RecipeError(
+            "data.sources: the list is empty. Write 'data.sources=[{path: rows.json, image_folder: images}]'."
+        )
+    for number, source in enumerate(data.sources or []):
+        if source.weight is not None and source.num_rows is not None:
+            raise RecipeError(
+                f"data.sources[{number}]: has weight and num_rows. Keep one: a share, or a number of rows."
+            )
+        if source.weight is not None and source.weight <= 0:
+            raise RecipeError(f"data.sources[{number}].weight: found {source.weight:g}, expected more than 0.")
+        if source.num_rows is not None and source.num_rows < 1:
+            raise RecipeError(f"data.sources[{number}].num_rows: found {source.num_rows}, expected 1 or more.")
+    if require_data and not data.data_path and not data.sources and recipe.experiment.name != SELF_CONTAINED:
+        raise RecipeError(
+            "data.data_path: is not set. Add data.data_path=ROWS.json (a LLaVA JSON file) and, when its images lie elsewhere, "
+            "data.image_folder=FOLDER."
+        )
+    if data.eval_image_folder and not data.eval_path:
+        raise RecipeError("data.eval_image_folder: is set, but data.eval_path is not. Set data.eval_path=ROWS.json.")
+    strategy = recipe.training.eval_strategy
+    if strategy != "no" and not data.eval_path and recipe.experiment.name != SELF_CONTAINED:
+        raise RecipeError(
+            f"training.eval_strategy: is {strategy}, but there are no rows to evaluate on. Set data.eval_path=ROWS.json, or "
+            "training.eval_strategy=no."
+        )
+
+
+def _check_trainable(recipe: Recipe) -> None:
+    trainable, training = recipe.trainable, recipe.training
+    if training.stage == "pretrain":
+        for part, wanted in (("language_model", "frozen"), ("projector", "full"), ("vision_tower", "frozen")):
+            found = getattr(trainable, part)
+            if found != wanted:
+                raise RecipeError(
+                    f"trainable.{part}: is {found}, but stage pretrain trains the projector only. Set trainable.{part}={wanted}, "
+                    "or training=finetune."
+                )
+    if (trainable.language_model, trainable.projector, trainable.vision_tower) == ("frozen",) * 3:
+        raise RecipeError("trainable: every part is frozen, nothing would be learned. Set trainable.projector=full.")
+    for part, short in (("projector", "projector"), ("vision_tower", "vision")):
+        for quantity in ("learning_rate", "weight_decay"):
+            key = f"{short}_{quantity}"
+            if getattr(training, key) is not None and getattr(trainable, part) == "frozen":
+                raise RecipeError(
+                    f"training.{key}: is set, but trainable.{part} is frozen. Set training.{key}=null, or trainable.{part}=full."
+                )
+    if trainable.vision_from_layer is not None and trainable.vision_tower == "frozen":
+        raise RecipeError(
+            "trainable.vision_from_layer: is set, but trainable.vision_tower is frozen. Set trainable.vision_tower=full, or "
+            "trainable.vision_from_layer=null."
+        )
+    has_lora = "lora" in (trainable.language_model, trainable.vision_tower)
+    if recipe.lora.arguments and not has_lora:
+        raise RecipeError(
+            f"lora.{next(iter(recipe.lora.arguments))}: is set, but no part is trained with LoRA (trainable.language_model is "
+            f"{trainable.language_model}). Add lora=none, or trainable.language_model=lora."
+        )
+    if recipe.model.adapter and not has_lora:
+        raise RecipeError("model.adapter: is set, but no part is trained with LoRA. Set trainable.language_model=lora.")
+    if training.feature_cache and trainable.vision_tower != "frozen":
+        raise RecipeError(
+            f"training.feature_cache: is set, but trainable.vision_tower is {trainable.vision_tower}, so features change with "
+            "every step. Set training.feature_cache=null, or trainable.vision_tower=frozen."
+        )
+
+
+def _check_quantization(recipe: Recipe) -> None:
+    arguments = recipe.quantization.arguments
+    if arguments.get("load_in_4bit") and arguments.get("load_in_8bit"):
+        raise RecipeError(
+            "quantization.load_in_8bit: true, but quantization.load_in_4bit too. Choose quantization=nf4 or quantization=int8."
+        )
+    bits = recipe.quantization.bits
+    if bits and recipe.trainable.language_model == "full":
+        raise RecipeError(
+            f"trainable.language_model: is full, but its weights are loaded in {bits} bit and cannot learn. Set "
+            "trainable.language_model=lora, or quantization=none."
+        )
+    set_without_effect = [
+        name for name, value in arguments.items() if value is not None and not name.startswith("load_in_")
+    ]
+    if not bits and set_without_effect:
+        raise RecipeError(
+            f"quantization.{set_without_effect[0]}: is set, but nothing is quantised. Add quantization.load_in_4bit=true, or "
+            "quantization=none."
+        )
+
+
+def _check_batches(recipe: Recipe) -> None:
+    training = recipe.training
+    arguments = training.arguments
+    rows = arguments.get("per_device_train_batch_size")
+    if training.max_tokens_per_batch is not None:
+        if rows is not None:
+            raise RecipeError(
+                "training.max_tokens_per_batch: is set, but training.per_device_train_batch_size too; tokens or rows bound a "
+                "micro-batch, not both. Set one of the two to null."
+            )
+        if arguments.get("gradient_accumulation_steps") is not None:
+            raise RecipeError(
+                "training.gradient_accumulation_steps: is set, but under training.max_tokens_per_batch it follows from the rows. "
+                "Set training.gradient_accumulation_steps=null."
+            )
+        if not training.padding_free:
+            raise RecipeError(
+                "training.max_tokens_per_batch: needs padding-free batches. Set training.padding_free=true."
+            )
+        if training.max_tokens_per_batch < (training.max_length or 0):
+            raise RecipeError(
+                f"training.max_tokens_per_batch: {training.max_tokens_per_batch} is less than one row may have "
+                f"(training.max_length={training.max_length}). Raise the first or lower the second."
+            )
+    if training.global_batch_size is None:
+        return
+    rows = rows or 1
+    steps = arguments.get("gradient_accumulation_steps") or 1
+    if training.global_batch_size % (rows * steps):
+        lower = next(n for n in range(rows, 0, -1) if training.global_batch_size % (n * steps) == 0 or n == 1)
+        raise RecipeError(
+            f"training.global_batch_size: {training.global_batch_size} rows a step cannot be dealt out as {rows} rows a "
+            f"micro-batch (training.per_device_train_batch_size) in {steps} accumulation step(s). Set "
+            f"training.per_device_train_batch_size={lower}"
+            + (", training.gradient_accumulation_steps=null." if training.global_batch_size % (lower * steps) else ".")
+        )
+
+
+def _check_training(recipe: Recipe) -> None:
+    training = recipe.training
+    if not training.padding_free and training.share_prefixes:
+        raise RecipeError(
+            "training.share_prefixes: true needs training.padding_free=true. Set training.share_prefixes=false."
+        )
+    if training.bf16 and training.fp16:
+        raise RecipeError("training.fp16: true, but training.bf16 too. Keep one, or neither: the machine then decides.")
+    if training.max_steps == 0:
+        raise RecipeError("training.max_steps: found 0, expected 1 or more, or -1 for training.num_train_epochs.")
+    if not str(training.output_dir or "").strip():
+        raise RecipeError("training.output_dir: is not set. Set training.output_dir=FOLDER.")
