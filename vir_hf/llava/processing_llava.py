@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from transformers import AddedToken, BaseImageProcessor, LlavaImageProcessorPil, PreTrainedTokenizerBase
+from transformers import BaseImageProcessor, LlavaImageProcessorPil, PreTrainedTokenizerBase
 from transformers import LlavaProcessor as NativeLlavaProcessor
 
 IMAGE_TOKEN = "<image>"
@@ -77,13 +77,12 @@ class LlavaProcessor(NativeLlavaProcessor):
         Raises:
             ValueError: an unknown template or image_aspect_ratio.
         """
-        if IMAGE_TOKEN not in tokenizer.get_vocab():
-            tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
+        from vir_hf.templates import chat_template_for, prepare_tokenizer
+
+        prepare_tokenizer(tokenizer, template, IMAGE_TOKEN)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
         if chat_template is None:
-            from .templates import chat_template_for
-
             chat_template = chat_template_for(template, tokenizer)
         return cls(
             image_processor=square_image_processor(image_processor, image_aspect_ratio),
@@ -103,10 +102,9 @@ class LlavaProcessor(NativeLlavaProcessor):
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of every picture as the tower sees it, in pixels."""
-        size = self.image_processor.size
-        if getattr(self.image_processor, "do_center_crop", False):
-            size = self.image_processor.crop_size
-        return int(size["height"]), int(size["width"])
+        uses_crop = getattr(self.image_processor, "do_center_crop", False)
+        edge = _edge(self.image_processor.crop_size if uses_crop else self.image_processor.size)
+        return edge, edge
 
     @property
     def num_image_tokens(self) -> int:

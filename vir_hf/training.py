@@ -1,0 +1,240 @@
+"""The training page: a recipe goes in; a model, its processor, the recipe and the metrics lie in the output directory."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from transformers import TrainerCallback
+
+from vir_hf.checkpoints import save_run
+from vir_hf.collator import LlavaDataCollator
+from vir_hf.conversations import encode_row
+from vir_hf.data import load_llava_dataset
+from vir_hf.errors import RecipeError
+from vir_hf.llava.processing_llava import LlavaProcessor
+from vir_hf.loading import Precision, choose_precision, load_model_and_processor
+from vir_hf.progress import StepLines
+from vir_hf.sampling import RowSize, StepSampler
+from vir_hf.trainable import make_trainable, parameter_groups
+from vir_hf.trainer import LlavaTrainer, make_sft_config
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from vir_hf.recipe import Recipe
+
+logger = logging.getLogger(__name__)
+
+
+def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
+    """Run a recipe from its data to its saved model and return what `metrics.json` holds.
+
+    Raises:
+        RecipeError: a recipe that cannot be run on this machine or on this layout.
+        DataError: rows or pictures that cannot be trained on, by number and id.
+    """
+    started = time.perf_counter()
+    precision = choose_precision(recipe.model.dtype, use_cpu=bool(recipe.training.use_cpu))
+    model, processor = load_model_and_processor(recipe, precision)
+    rows = load_rows(recipe)
+    arguments = training_arguments(recipe, precision)
+    sampler = plan_steps(recipe, rows, processor, arguments.world_size, arguments.process_index)
+    model = make_trainable(model, recipe)
+    trainer = LlavaTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=load_eval_rows(recipe),
+        processing_class=processor,
+        data_collator=make_collator(recipe, processor),
+        step_sampler=sampler,
+        parameter_groups=lambda wrapped: parameter_groups(wrapped, recipe),
+        supervised_positions_only=recipe.training.supervised_positions_only,
+        callbacks=[StepLines(), *callbacks],
+    )
+    trainer.train()
+    metrics = summarise(trainer, recipe, time.perf_counter() - started)
+    if trainer.is_world_process_zero():
+        save_run(trainer.accelerator.unwrap_model(trainer.model), processor, recipe, Path(arguments.output_dir))
+        write_json(Path(arguments.output_dir) / "metrics.json", metrics)
+    return metrics
+
+
+def load_rows(recipe: Recipe) -> Dataset:
+    """Return the training rows, pictures as references; bad rows raise or are left out as the recipe says."""
+    data = recipe.data
+    if data.data_path is None:
+        raise RecipeError("data.data_path: not set; name a LLaVA JSON file: data.data_path=rows.json data.image_folder=images")
+    return load_llava_dataset(
+        data.data_path,
+        data.image_folder,
+        decode_images=False,
+        max_rows=data.max_rows,
+        allow_urls=data.allow_urls,
+        on_bad_row=data.on_bad_row,
+        on_bad_image=data.on_bad_image,
+        max_bad_fraction=data.max_bad_fraction,
+    )
+
+
+def load_eval_rows(recipe: Recipe) -> Dataset | None:
+    """Return the rows of `data.eval_path`, or `None`."""
+    if recipe.data.eval_path is None:
+        return None
+    return load_llava_dataset(
+        recipe.data.eval_path, recipe.data.eval_image_folder or recipe.data.image_folder, decode_images=False
+    )
+
+
+def make_collator(recipe: Recipe, processor: LlavaProcessor) -> LlavaDataCollator:
+    """Return the collator the recipe describes."""
+    training = recipe.training
+    return LlavaDataCollator(
+        processor,
+        max_length=training.max_length,
+        padding_free=training.padding_free,
+        share_prefixes=training.padding_free if training.share_prefixes is None else training.share_prefixes,
+        on_bad_image=recipe.data.on_bad_image,
+        with_row_ids=True,
+    )
+
+
+def training_arguments(recipe: Recipe, precision: Precision) -> Any:
+    """Return TRL's config: the recipe's arguments, and what the machine and the data path decide."""
+    training = recipe.training
+    use_cpu = not torch.cuda.is_available() or bool(training.use_cpu)
+    arguments = training.sft_arguments()
+    arguments.setdefault("report_to", "none")
+    arguments.setdefault("logging_steps", 1)
+    arguments.setdefault("save_strategy", "no")
+    if arguments.get("dataloader_num_workers") is None:
+        arguments["dataloader_num_workers"] = default_num_workers()
+    if recipe.data.eval_path is None:
+        arguments.pop("eval_strategy", None)
+    if use_cpu and arguments.get("optim", "").startswith("paged_"):
+        arguments["optim"] = "adamw_torch"
+    return make_sft_config(
+        arguments,
+        use_cpu=use_cpu,
+        bf16=precision.autocast == "bf16",
+        fp16=precision.autocast == "fp16",
+        tf32=True if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8 else None,
+        # A step is one item of our loader; the micro-batches are inside it.
+        gradient_accumulation_steps=1,
+        per_device_train_batch_size=training.per_device_train_batch_size,
+        remove_unused_columns=False,
+        max_length=None,
+        average_tokens_across_devices=True,
+        ddp_find_unused_parameters=False,
+        disable_tqdm=True,
+    )
+
+
+def default_num_workers() -> int:
+    """Data loader workers for this machine: one core is left to training, and more than eight never pay."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(0, min(8, cores // local_ranks - 1))
+
+
+def plan_steps(
+    recipe: Recipe, rows: Dataset, processor: LlavaProcessor, world_size: int, rank: int
+) -> StepSampler:
+    """Return this rank's plan of every optimizer step.
+
+    Raises:
+        RecipeError: the global batch is no multiple of what the layout computes at once.
+    """
+    training = recipe.training
+    per_device, wanted = training.per_device_train_batch_size, training.global_batch_size
+    accumulation = training.arguments.get("gradient_accumulation_steps")
+    if wanted is None:
+        wanted = per_device * (accumulation or 1) * world_size
+    elif accumulation is not None and per_device * accumulation * world_size != wanted:
+        raise RecipeError(
+            f"training.global_batch_size={wanted} rows a step, but {per_device} rows a micro-batch x {accumulation} "
+            f"micro-batches x {world_size} processes = {per_device * accumulation * world_size}. Leave "
+            "training.gradient_accumulation_steps out, or make the three multiply to the global batch."
+        )
+    if wanted % world_size:
+        raise RecipeError(
+            f"training.global_batch_size={wanted} cannot be shared evenly by {world_size} processes; use a multiple of "
+            f"{world_size}, for example {-(-wanted // world_size) * world_size}."
+        )
+    budget = training.max_tokens_per_batch
+    return StepSampler(
+        row_sizes(rows, processor, training.max_length),
+        wanted,
+        micro_batch_rows=None if budget else min(per_device, wanted // world_size),
+        max_tokens_per_batch=budget,
+        num_replicas=world_size,
+        rank=rank,
+        seed=training.seed if training.data_seed is None else training.data_seed,
+        group_by="image" if training.group_by_image else None,
+        balance_tokens=training.balance_tokens,
+        tokens_per_image=processor.num_image_tokens,
+        drop_last=bool(training.dataloader_drop_last),
+    )
+
+
+def row_sizes(rows: Dataset, processor: LlavaProcessor, max_length: int | None) -> list[RowSize]:
+    """Return every row's size from its text and image count; no picture is opened."""
+
+    def measure(row: dict[str, Any]) -> dict[str, Any]:
+        images = row["images"]
+        length = len(encode_row(row, processor)["input_ids"])
+        first = images[0] if images else None
+        key = None if first is None else (first.get("path") or f"bytes:{hash(first.get('bytes'))}")
+        return {
+            "num_tokens": length if max_length is None else min(length, max_length),
+            "num_images": len(images),
+            "image_key": key,
+        }
+
+    return [RowSize(**measure(row)) for row in rows]
+
+
+def summarise(trainer: LlavaTrainer, recipe: Recipe, seconds: float) -> dict[str, Any]:
+    """Return the run's figures; only what was counted or measured."""
+    totals = trainer.totals
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return {
+        "experiment": recipe.experiment.name,
+        "stage": recipe.training.stage,
+        "num_steps": trainer.state.global_step,
+        "num_epochs": trainer.state.epoch,
+        "final_loss": history[-1]["loss"] if history else None,
+        "first_loss": history[0]["loss"] if history else None,
+        "num_rows": totals.rows,
+        "num_images": totals.images,
+        "num_tokens": totals.computed_tokens,
+        "num_supervised_tokens": totals.supervised_tokens,
+        "packing_efficiency": totals.real_tokens / totals.computed_tokens if totals.computed_tokens else None,
+        "masked_rows": totals.masked_rows,
+        "seconds": round(seconds, 1),
+        "world_size": trainer.args.world_size,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "loss_history": [
+            {"step": entry["step"], "loss": entry["loss"], "learning_rate": entry.get("learning_rate")} for entry in history
+        ],
+    }
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
