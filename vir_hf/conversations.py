@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
+from vir_hf.chat_layout import ChatLayout, Piece
 from vir_hf.errors import DataError
-from vir_hf.templates import ChatLayout, Piece, chat_template_for
+from vir_hf.templates import chat_template_for
 
 PLACEHOLDER = "<image>"  # in the data; the tokenizer's own word for an image is processor.image_token
 IGNORE = -100
@@ -301,41 +302,34 @@ class _Encoded(NamedTuple):
 
 
 def _encode(messages: list[dict[str, Any]], processor: Any, expand_images: bool, prompt: bool = False) -> _Encoded:
-    tokenizer = processor.tokenizer
+    tokenizer, separator = processor.tokenizer, processor.image_token_id
     layout = _layout(processor)
-    chunks, marks, answers = _chunks(layout, layout.pieces(tokenizer, messages, prompt), messages)
+    chunks, answers, shows_image = _chunks(layout, layout.pieces(tokenizer, messages, prompt))
     # The image token stands between all chunks: at images, and as a cut where tokens must not grow together. A special
     # token keeps its neighbours apart, and no text begins anew after it, so one call tokenises the whole row.
-    ids = tokenizer(
-        layout.image_token.join(chunks), add_special_tokens=False, return_attention_mask=False, verbose=False
-    )
-    ids = ids["input_ids"]
-    separator = processor.image_token_id
-    if ids.count(separator) != len(marks):
+    text = layout.image_token.join(chunks)
+    ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    if ids.count(separator) != len(chunks) - 1:
         raise DataError(
             f"the tokenizer does not read {layout.image_token!r} as the one id {separator}. "
             "Call vir_hf.templates.prepare_tokenizer on it."
         )
     image_ids = [separator] * (processor.num_image_tokens if expand_images else 1)
-    input_ids: list[int] = []
-    labels: list[int] = []
+    input_ids: list[int] = [tokenizer.bos_token_id] if layout.prepends_bos else []
+    labels = [IGNORE] * len(input_ids)
     ends: dict[int, int] = {}
     start = 0
-    for chunk, answer in enumerate(answers):
-        end = ids.index(separator, start) if chunk < len(marks) else len(ids)
-        piece = ids[start:end]
-        input_ids += piece
-        if answer >= 0:
-            labels += piece
-            ends[answer] = len(labels)
-        else:
-            labels += [IGNORE] * len(piece)
-        if chunk < len(marks) and marks[chunk]:
+    for number, answer in enumerate(answers):
+        if shows_image[number]:
             input_ids += image_ids
             labels += [IGNORE] * len(image_ids)
+        end = ids.index(separator, start) if number < len(chunks) - 1 else len(ids)
+        input_ids += ids[start:end]
+        labels += ids[start:end] if answer >= 0 else [IGNORE] * (end - start)
+        if answer >= 0:
+            ends[answer] = len(labels)
         start = end + 1
-    if labels:
-        labels[0] = IGNORE
+    labels[:1] = [IGNORE] * len(labels[:1])  # nothing predicts the first token
     return _Encoded(input_ids, labels, ends)
 
 
@@ -353,32 +347,22 @@ def _layout(processor: Any) -> ChatLayout:
     return layouts[key]
 
 
-def _chunks(
-    layout: ChatLayout, pieces: list[Piece], messages: list[dict[str, Any]]
-) -> tuple[list[str], list[bool], list[int]]:
-    """Return texts to tokenise apart, whether an image stands after each, and the answer that learns each (or -1)."""
-    texts = [part["text"] for message in messages for part in message["content"] if part.get("text")]
-    chunks, marks, answers = [""], [], [-1]
+def _chunks(layout: ChatLayout, pieces: list[Piece]) -> tuple[list[str], list[int], list[bool]]:
+    """Return texts to tokenise apart, the answer that learns each (or -1), and whether an image stands before each."""
+    chunks, answers, shows_image = [""], [-1], [False]
+    pattern = layout.specials_pattern
     for piece in pieces:
+        texts = [piece.text]
+        if piece.is_data and pattern is not None and pattern.search(piece.text):
+            # What the tokenizer would take for a special token is broken after its first letter, so that it stays text.
+            cuts = [match.start() + 1 for match in pattern.finditer(piece.text)]
+            texts = [piece.text[start:end] for start, end in zip([0, *cuts], [*cuts, None], strict=True)]
         if piece.is_image or piece.answer != answers[-1]:
             chunks.append("")
-            marks.append(piece.is_image)
             answers.append(piece.answer)
-        if piece.slot < 0:
-            chunks[-1] += piece.text
-            continue
-        first, *others = _break_specials(texts[piece.slot], layout)
-        chunks[-1] += first
-        for text in others:
-            chunks.append(text)
-            marks.append(False)
-            answers.append(piece.answer)
-    return chunks, marks, answers
-
-
-def _break_specials(text: str, layout: ChatLayout) -> list[str]:
-    """Return the text cut inside everything the tokenizer would take for a special token, so that it stays text."""
-    if layout.specials_pattern is None or not layout.specials_pattern.search(text):
-        return [text]
-    cuts = [0] + [match.start() + 1 for match in layout.specials_pattern.finditer(text)] + [len(text)]
-    return [text[start:end] for start, end in zip(cuts, cuts[1:], strict=False)]
+            shows_image.append(piece.is_image)
+        chunks[-1] += texts[0]
+        chunks += texts[1:]
+        answers += [piece.answer] * (len(texts) - 1)
+        shows_image += [False] * (len(texts) - 1)
+    return chunks, answers, shows_image

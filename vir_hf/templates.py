@@ -1,4 +1,4 @@
-"""Chat templates: their jinja text, the tokenizer they need, and where the answers stand in what they render.
+"""Chat templates: their jinja text, and the tokenizer they need.
 
 A template is one jinja string. It is saved with the processor, and stock transformers renders prompts with it; training
 renders the same string, so a model is trained on exactly the prompt it will be asked with.
@@ -8,13 +8,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-from jinja2.exceptions import TemplateError
-
-from vir_hf.errors import DataError, RecipeError
+from vir_hf.errors import RecipeError
 
 # Every template begins with what chat_template_for writes in front: vir_image (the image token), vir_start (BOS, where
 # the tokenizer wants one), vir_pad, vir_end (what closes a turn) and vir_write, which turns a content list into text.
@@ -187,13 +183,13 @@ def chat_template_for(template: str, tokenizer: Any, image_token: str = "<image>
         raise RecipeError(
             f"the tokenizer has no special token {image_token!r}. Call prepare_tokenizer(tokenizer, {template!r}) first."
         )
-    begins = bool(tokenizer.bos_token) and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    begins = adds_bos(tokenizer)
     start, pad = (tokenizer.bos_token if begins else ""), _text_start_space(tokenizer, image_token)
     image, end = image_token + pad, tokenizer.eos_token
     body = TEMPLATES.get(template, "")
     if template == "auto":
         own = _own_template(tokenizer)
-        if own.startswith(_MARK):
+        if is_ours(own):
             return own
         sample = render(tokenizer, own, [{"role": "user", "content": "a"}])
         start = "" if start and sample.startswith(start) else start
@@ -210,6 +206,16 @@ def chat_template_for(template: str, tokenizer: Any, image_token: str = "<image>
     values = {"vir_image": image, "vir_start": start, "vir_pad": pad, "vir_end": end or ""}
     sets = "".join(f"{{%- set {name} = {json.dumps(value, ensure_ascii=False)} -%}}" for name, value in values.items())
     return _MARK + sets + _WRITE + body
+
+
+def is_ours(chat_template: str) -> bool:
+    """Return whether `chat_template_for` wrote it."""
+    return chat_template.startswith(_MARK)
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """Return whether the tokenizer itself begins a text with BOS."""
+    return bool(tokenizer.bos_token) and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
 def _text_start_space(tokenizer: Any, image_token: str) -> str:
@@ -241,171 +247,3 @@ def render(tokenizer: Any, chat_template: str, messages: list[dict[str, Any]], p
         messages, chat_template=chat_template, tokenize=False, add_generation_prompt=prompt
     )
     return str(text)
-
-
-# A conversation's shape: its roles and the kinds of its content parts. Two conversations of one shape differ only in
-# their texts, so what a template writes around the texts is found once a shape, with a sentinel in place of each text.
-Shape = tuple[tuple[str, tuple[str, ...]], ...]
-_SENTINEL = re.compile("\ue000([0-9]+)\ue001")
-
-
-def shape_of(messages: Sequence[dict[str, Any]]) -> Shape:
-    """Return roles and part kinds (`text`, `image`, or `nothing` for an empty text)."""
-    return tuple(
-        (
-            m["role"],
-            tuple("image" if p["type"] == "image" else "text" if p["text"] else "nothing" for p in m["content"]),
-        )
-        for m in messages
-    )
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One stretch of a rendered conversation: template text, one of the row's texts, or an image."""
-
-    text: str = ""
-    slot: int = -1  # which of the row's texts stands here, or -1
-    answer: int = -1  # which answer (by number of the message) learns this piece, or -1
-    is_image: bool = False
-
-
-@dataclass
-class ChatLayout:
-    """Where a chat template puts texts and images, and which of it is learned; kept once per tokenizer and template."""
-
-    template: str
-    chat_template: str
-    image_token: str
-    specials: list[str]
-    reads_contents: bool  # the template may look at contents (trim them, cut thinking out): rendered for every row
-    closing: str | None = None
-    generation_prompt: str = ""
-    eos_token: str | None = None
-    specials_pattern: re.Pattern[str] | None = None
-    _pieces: dict[tuple[Shape, bool], list[Piece]] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, tokenizer: Any, template: str, chat_template: str, image_token: str) -> ChatLayout:
-        known = template in TEMPLATES and chat_template == chat_template_for(template, tokenizer, image_token)
-        layout = cls(template, chat_template, image_token, special_tokens(tokenizer), reads_contents=not known)
-        layout.eos_token = tokenizer.eos_token
-        # A look-ahead, so that specials which overlap are all found.
-        words = [re.escape(token) for token in layout.specials if len(token) > 1]
-        layout.specials_pattern = re.compile(f"(?=({'|'.join(words)}))") if words else None
-        turn: Shape = (("user", ("text",)), ("assistant", ("text",)))
-        asked, answered = layout._render(tokenizer, turn[:1]), layout._render(tokenizer, turn)
-        prompted = layout._render(tokenizer, turn[:1], prompt=True)
-        layout.generation_prompt = prompted[len(asked) :] if prompted.startswith(asked) else ""
-        layout.closing = "\n" if template == "plain" else layout._special_at(_SENTINEL.split(answered)[-1])[1]
-        return layout
-
-    def pieces(self, tokenizer: Any, messages: list[dict[str, Any]], prompt: bool = False) -> list[Piece]:
-        """Return the rendered conversation in pieces; joined, with the row's texts in their slots, it is the render.
-
-        Raises:
-            DataError: the template refuses the conversation, or changes it so that answers cannot be told apart.
-        """
-        shape = shape_of(messages)
-        found = self._pieces.get((shape, prompt))
-        if found is None:
-            if len(self._pieces) > 4096:
-                self._pieces.clear()
-            found = self._pieces[shape, prompt] = self._cut(tokenizer, shape, prompt)
-        return found
-
-    def _render(self, tokenizer: Any, shape: Shape, prompt: bool = False) -> str:
-        return render(tokenizer, self.chat_template, _with_sentinels(shape), prompt)
-
-    def _special_at(self, text: str) -> tuple[int, str | None]:
-        """Return the special token that `text` begins with, after white space, and where it ends."""
-        bare = text.lstrip()
-        for token in self.specials:
-            if bare.startswith(token):
-                return len(text) - len(bare) + len(token), token
-        return 0, None
-
-    def _cut(self, tokenizer: Any, shape: Shape, prompt: bool) -> list[Piece]:
-        try:
-            rendered = self._render(tokenizer, shape, prompt)
-        except (TemplateError, TypeError, ValueError) as error:
-            raise DataError(
-                f"the chat template refuses a conversation of the roles {[role for role, _ in shape]}: {error}. "
-                f"Choose another template (one of {list(TEMPLATES)}) or change the order of the turns."
-            ) from error
-        parts = _SENTINEL.split(rendered)
-        literals, slots = parts[0::2], [int(slot) for slot in parts[1::2]]
-        owners = _owners(shape)
-        answers = {slot: number for slot, number in enumerate(owners) if shape[number][0] == "assistant"}
-        if [slot for slot in slots if slot in answers] != list(answers):
-            raise DataError("the chat template leaves out, repeats or reorders answers. Choose another template.")
-        num_images = sum(kinds.count("image") for _, kinds in shape)
-        if rendered.count(self.image_token) != num_images:
-            raise DataError(
-                f"the chat template writes {rendered.count(self.image_token)} of {num_images} images. "
-                "Choose another template."
-            )
-        pieces: list[Piece] = []
-        last = len(shape) - 1
-        for index, literal in enumerate(literals):
-            before, after = slots[index - 1] if index else -1, slots[index] if index < len(slots) else -1
-            closed = 0
-            if before in answers and not prompt:
-                number = answers[before]
-                closed = self._closing_length(literal)
-                if not closed and self.closing is None and number == last and self.eos_token:
-                    pieces.append(Piece(self.eos_token, answer=number))
-                    break
-                pieces.append(Piece(literal[:closed], answer=number))
-            opened = len(literal)
-            if after in answers and not prompt:
-                opened = max(closed, self._answer_start(tokenizer, shape[: answers[after]], literal))
-            pieces.extend(self._with_images(literal[closed:opened]))
-            if after >= 0:
-                number = answers.get(after, -1) if not prompt else -1
-                pieces.append(Piece(literal[opened:], answer=number))
-                pieces.append(Piece(slot=after, answer=number))
-        return [piece for piece in pieces if piece.text or piece.slot >= 0 or piece.is_image]
-
-    def _closing_length(self, literal: str) -> int:
-        """Return how much of the text after an answer the model must write to end its turn."""
-        if self.template == "plain":
-            return 1 if literal.startswith("\n") else 0
-        length, token = self._special_at(literal)
-        return length if token == self.closing else 0
-
-    def _answer_start(self, tokenizer: Any, asked: Shape, literal: str) -> int:
-        """Return where, in the text before an answer, the prompt of inference ends and the model begins to write."""
-        bare = len(literal.rstrip())
-        try:
-            tail = _SENTINEL.split(self._render(tokenizer, asked, prompt=True))[-1]
-        except (TemplateError, TypeError, ValueError, IndexError):
-            found = literal.rfind(self.generation_prompt) if self.generation_prompt else -1
-            return found + len(self.generation_prompt) if found >= 0 else bare
-        same = next(
-            (i for i, (a, b) in enumerate(zip(tail, literal, strict=False)) if a != b), min(len(tail), len(literal))
-        )
-        return same if self.generation_prompt else max(same, bare)
-
-    def _with_images(self, literal: str) -> list[Piece]:
-        first, *others = literal.split(self.image_token)
-        return [Piece(first)] + [piece for text in others for piece in (Piece(is_image=True), Piece(text))]
-
-
-def _with_sentinels(shape: Shape) -> list[dict[str, Any]]:
-    messages, slot = [], 0
-    for role, kinds in shape:
-        content: list[dict[str, str]] = []
-        for kind in kinds:
-            if kind == "image":
-                content.append({"type": "image"})
-            else:
-                content.append({"type": "text", "text": f"\ue000{slot}\ue001" if kind == "text" else ""})
-                slot += kind == "text"
-        messages.append({"role": role, "content": content})
-    return messages
-
-
-def _owners(shape: Shape) -> list[int]:
-    """Return, for each text slot, the number of its message."""
-    return [number for number, (_, kinds) in enumerate(shape) for kind in kinds if kind == "text"]

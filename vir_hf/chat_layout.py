@@ -1,0 +1,278 @@
+"""Where a chat template puts texts and images, and which of what it renders an answer's author writes.
+
+Found by rendering, not by markers: a sentinel stands in for each text of the conversation, so the template's own writing
+and the texts' places come apart. Nothing is searched in real texts, so no text can be mistaken for a template's.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+
+from vir_hf.errors import DataError, RecipeError
+from vir_hf.templates import TEMPLATES, adds_bos, chat_template_for, is_ours, render, special_tokens
+
+logger = logging.getLogger(__name__)
+
+# A conversation's shape: its roles and the kinds of its content parts (text, image, or nothing for an empty text). Two
+# conversations of one shape differ only in their texts, so most templates write the same around them.
+Shape = tuple[tuple[str, tuple[str, ...]], ...]
+_SENTINEL = re.compile("\ue000([0-9]+)\ue001")
+_RENDER_ERRORS = (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError)
+_OTHER_TEMPLATE = f"Choose another template (model.template, one of {list(TEMPLATES)})"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One stretch of a rendered conversation: text, or an image."""
+
+    text: str = ""
+    is_data: bool = False  # the text is the row's, not the template's
+    slot: int = -1  # before the row's texts are filled in: which of them stands here
+    answer: int = -1  # the number of the message that learns this text, or -1
+    is_image: bool = False
+
+
+@dataclass(frozen=True)
+class _Skeleton:
+    """A shape, rendered with sentinels: `literals[0] slots[0] literals[1] slots[1] ... literals[-1]`."""
+
+    shape: Shape
+    literals: list[str]
+    slots: list[int]
+    starts: dict[int, int]  # slot of an answer -> where, in the literal before it, its author begins to write
+    pieces: list[Piece]
+
+
+@dataclass
+class ChatLayout:
+    """How one chat template lays out conversations with one tokenizer; keeps what it found for each shape."""
+
+    template: str
+    chat_template: str
+    image_token: str
+    eos_token: str | None
+    specials: list[str]
+    reads_contents: bool  # the template may look at texts (trim them, cut thinking out), so each row is rendered too
+    prepends_bos: bool  # transformers' processor puts BOS before what this template renders
+    generation_prompt: str = ""
+    closing: str | None = None  # the special token after an answer
+    specials_pattern: re.Pattern[str] | None = None
+    _skeletons: dict[Shape, _Skeleton] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, tokenizer: Any, template: str, chat_template: str, image_token: str) -> ChatLayout:
+        """Return the layout of `chat_template`.
+
+        Raises:
+            RecipeError: the template cannot render a question and its answer.
+        """
+        specials = special_tokens(tokenizer)
+        layout = cls(
+            template,
+            chat_template,
+            image_token,
+            tokenizer.eos_token,
+            specials,
+            reads_contents=template not in TEMPLATES
+            or chat_template != chat_template_for(template, tokenizer, image_token),
+            prepends_bos=adds_bos(tokenizer) and not is_ours(chat_template),
+        )
+        # A look-ahead, so that specials which overlap are all found. One letter cannot be broken.
+        words = "|".join(re.escape(token) for token in specials if len(token) > 1)
+        layout.specials_pattern = re.compile(f"(?=({words}))") if words else None
+        turn: Shape = (("user", ("text",)), ("assistant", ("text",)))
+        try:
+            asked, answered = layout._render(tokenizer, turn[:1]), layout._render(tokenizer, turn)
+            prompted = layout._render(tokenizer, turn[:1], prompt=True)
+        except _RENDER_ERRORS as error:
+            raise RecipeError(
+                f"the chat template cannot render a question and its answer: {error}. {_OTHER_TEMPLATE}."
+            ) from error
+        if layout.prepends_bos and prompted.startswith(tokenizer.bos_token):
+            layout.prepends_bos = False
+        layout.generation_prompt = prompted[len(asked) :] if prompted.startswith(asked) else ""
+        layout.closing = layout._special_at(_SENTINEL.split(answered)[-1])[1]
+        return layout
+
+    def pieces(self, tokenizer: Any, messages: list[dict[str, Any]], prompt: bool = False) -> list[Piece]:
+        """Return the rendered conversation in pieces.
+
+        Args:
+            tokenizer: the one the layout was made for.
+            messages: from `to_messages`.
+            prompt: add the generation prompt; nothing follows the last message then.
+
+        Raises:
+            DataError: the template refuses the conversation, or changes it so that answers cannot be told apart.
+        """
+        shape = _shape_of(messages)
+        texts = [part["text"] for message in messages for part in message["content"] if part.get("text")]
+        skeleton = self._skeletons.get(shape)
+        if skeleton is None:
+            if len(self._skeletons) >= 4096:
+                self._skeletons.clear()
+            skeleton = self._skeletons[shape] = self._skeleton(tokenizer, shape)
+        pieces = skeleton.pieces
+        if self.reads_contents:
+            rendered = self._render_messages(tokenizer, messages)
+            if rendered != _join(skeleton.literals, [texts[slot] for slot in skeleton.slots]):
+                pieces, texts = self._read_again(tokenizer, messages, skeleton, texts, rendered)
+        filled = [
+            Piece(texts[piece.slot], is_data=True, answer=piece.answer) if piece.slot >= 0 else piece
+            for piece in pieces
+        ]
+        return filled + self._prompt_pieces(tokenizer, shape, skeleton) if prompt else filled
+
+    def _prompt_pieces(self, tokenizer: Any, shape: Shape, skeleton: _Skeleton) -> list[Piece]:
+        prompted = self._render(tokenizer, shape, prompt=True)
+        plain = _join(skeleton.literals, [f"\ue000{slot}\ue001" for slot in skeleton.slots])
+        if not prompted.startswith(plain):
+            raise DataError(f"the chat template writes its generation prompt in the middle. {_OTHER_TEMPLATE}.")
+        return [Piece(prompted[len(plain) :])]
+
+    def _render(self, tokenizer: Any, shape: Shape, prompt: bool = False) -> str:
+        return render(tokenizer, self.chat_template, _with_sentinels(shape), prompt)
+
+    def _render_messages(self, tokenizer: Any, messages: list[dict[str, Any]]) -> str:
+        try:
+            return render(tokenizer, self.chat_template, messages)
+        except _RENDER_ERRORS as error:
+            roles = [message["role"] for message in messages]
+            raise DataError(
+                f"the chat template refuses a conversation of {roles}: {error}. "
+                f"{_OTHER_TEMPLATE} or change the order of the turns."
+            ) from error
+
+    def _skeleton(self, tokenizer: Any, shape: Shape) -> _Skeleton:
+        parts = _SENTINEL.split(self._render_messages(tokenizer, _with_sentinels(shape)))
+        literals, slots = parts[0::2], [int(slot) for slot in parts[1::2]]
+        owners = _owners(shape)
+        if [slot for slot in slots if shape[owners[slot]][0] == "assistant"] != [
+            slot for slot, number in enumerate(owners) if shape[number][0] == "assistant"
+        ]:
+            raise DataError(f"the chat template leaves out, repeats or reorders answers. {_OTHER_TEMPLATE}.")
+        num_images = sum(kinds.count("image") for _, kinds in shape)
+        num_written = sum(literal.count(self.image_token) for literal in literals)
+        if num_written != num_images:
+            raise DataError(f"the chat template writes {num_written} of {num_images} images. {_OTHER_TEMPLATE}.")
+        left_out = {shape[owners[slot]][0] for slot in set(range(len(owners))) - set(slots)}
+        if left_out and self.template != "plain":
+            if left_out != {"system"}:
+                raise DataError(f"the chat template leaves out what the human says. {_OTHER_TEMPLATE}.")
+            logger.warning("the chat template leaves out system turns; %s to keep them", _OTHER_TEMPLATE.lower())
+        starts = {
+            slot: self._answer_start(tokenizer, shape[: owners[slot]], literal)
+            for slot, literal in zip(slots, literals, strict=False)
+            if shape[owners[slot]][0] == "assistant"
+        }
+        return _Skeleton(shape, literals, slots, starts, self._cut(shape, literals, slots, starts))
+
+    def _answer_start(self, tokenizer: Any, asked: Shape, literal: str) -> int:
+        """Return where, in the text before an answer, the prompt of inference ends and the model begins to write."""
+        bare = len(literal.rstrip())
+        try:
+            tail = _SENTINEL.split(self._render(tokenizer, asked, prompt=True))[-1]
+        except _RENDER_ERRORS:  # nothing was asked: the conversation begins with an answer
+            found = literal.rfind(self.generation_prompt) if self.generation_prompt else -1
+            return found + len(self.generation_prompt) if found >= 0 else bare
+        same = len(os.path.commonprefix([tail, literal]))
+        return same if self.generation_prompt else max(same, bare)
+
+    def _cut(self, shape: Shape, literals: list[str], slots: list[int], starts: dict[int, int]) -> list[Piece]:
+        owners = _owners(shape)
+        pieces: list[Piece] = []
+        for index, literal in enumerate(literals):
+            closed, before, after = 0, slots[index - 1] if index else -1, slots[index] if index < len(slots) else -1
+            if before in starts:
+                closed = self._closing_length(literal)
+                if not closed and self.closing is None and owners[before] == len(shape) - 1 and self.eos_token:
+                    # The template ends a turn with nothing a model could stop at, so the last turn ends with EOS.
+                    pieces.append(Piece(self.eos_token, answer=owners[before]))
+                    break
+                pieces.append(Piece(literal[:closed], answer=owners[before]))
+            opened = max(closed, min(starts.get(after, len(literal)), len(literal)))
+            for number, text in enumerate(literal[closed:opened].split(self.image_token)):
+                pieces += [Piece(is_image=True), Piece(text)] if number else [Piece(text)]
+            if after >= 0:
+                answer = owners[after] if after in starts else -1
+                pieces += [Piece(literal[opened:], answer=answer), Piece(slot=after, answer=answer)]
+        return [piece for piece in pieces if piece.text or piece.slot >= 0 or piece.is_image]
+
+    def _closing_length(self, literal: str) -> int:
+        """Return how much of the text after an answer the model must write to end its turn."""
+        if self.template == "plain":
+            return 1 if literal.startswith("\n") else 0
+        length, token = self._special_at(literal)
+        return length if token == self.closing else 0
+
+    def _special_at(self, text: str) -> tuple[int, str | None]:
+        """Return where the special token ends that `text` begins with, after white space, and the token."""
+        bare = text.lstrip()
+        token = next((token for token in self.specials if bare.startswith(token)), None)
+        return (len(text) - len(bare) + len(token), token) if token else (0, None)
+
+    def _read_again(
+        self, tokenizer: Any, messages: list[dict[str, Any]], skeleton: _Skeleton, texts: list[str], rendered: str
+    ) -> tuple[list[Piece], list[str]]:
+        """Return pieces and texts as a template that looks at texts writes them: each text is rendered among sentinels."""
+        shape, slots = skeleton.shape, skeleton.slots
+        literals, texts, changed = list(skeleton.literals), list(texts), True
+        for index, slot in enumerate(slots):
+            alone = _with_sentinels(shape, real={slot: texts[slot]})
+            parts = _SENTINEL.split(self._render_messages(tokenizer, alone))
+            before, after = skeleton.literals[index], skeleton.literals[index + 1]
+            if [int(other) for other in parts[1::2]] != slots[:index] + slots[index + 1 :]:
+                changed = False
+                break
+            written = parts[2 * index]
+            if not written.endswith(after):
+                changed = False
+                break
+            written = written[: len(written) - len(after)]
+            same = len(os.path.commonprefix([written, before]))
+            literals[index], texts[slot] = before[:same], written[same:]
+        if not changed or rendered != _join(literals, [texts[slot] for slot in slots]):
+            raise DataError(
+                f"the chat template rewrites this conversation so that its answers cannot be told apart. {_OTHER_TEMPLATE}."
+            )
+        return self._cut(shape, literals, slots, skeleton.starts), texts
+
+
+def _shape_of(messages: Sequence[dict[str, Any]]) -> Shape:
+    return tuple((message["role"], tuple(map(_kind, message["content"]))) for message in messages)
+
+
+def _kind(part: dict[str, str]) -> str:
+    return "image" if part["type"] == "image" else "text" if part["text"] else "nothing"
+
+
+def _owners(shape: Shape) -> list[int]:
+    """Return, for each text slot, the number of its message."""
+    return [number for number, (_, kinds) in enumerate(shape) for kind in kinds if kind == "text"]
+
+
+def _with_sentinels(shape: Shape, real: dict[int, str] | None = None) -> list[dict[str, Any]]:
+    """Return messages of this shape with a sentinel for each text, but the `real` ones."""
+    messages, slot = [], 0
+    for role, kinds in shape:
+        content: list[dict[str, str]] = []
+        for kind in kinds:
+            if kind == "image":
+                content.append({"type": "image"})
+                continue
+            text = (real or {}).get(slot, f"\ue000{slot}\ue001") if kind == "text" else ""
+            content.append({"type": "text", "text": text})
+            slot += kind == "text"
+        messages.append({"role": role, "content": content})
+    return messages
+
+
+def _join(literals: list[str], texts: list[str]) -> str:
+    return "".join(part for pair in zip(literals, [*texts, ""], strict=True) for part in pair)
