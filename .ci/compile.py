@@ -1,0 +1,9 @@
+"""Compile every source file with the Python that runs this, and write nothing: does the syntax hold on this version?"""
+
+import sys
+from pathlib import Path
+
+files = [path for folder in sys.argv[1:] for path in sorted(Path(folder).rglob("*.py"))]
+for path in files:
+    compile(path.read_text(encoding="utf-8"), str(path), "exec")
+print("Python %d.%d: %d files compile" % (*sys.version_info[:2], len(files)))

@@ -1,0 +1,65 @@
+# Needs Python 3.10 to 3.13, make and git; everything else goes into .venv. The first run installs, later ones start at once.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+PYTEST_ARGS ?=
+PYTHON_VERSIONS := 3.10 3.11 3.12 3.13
+SOURCES := vir_hf tests $(wildcard benchmarks) $(wildcard spaces)
+
+BIN := $(VENV)/bin
+
+.PHONY: help quickstart test check lint types compile drills clean
+
+help:
+	@echo "make quickstart   train a tiny model on drawn pictures, in minutes, without a GPU or a download"
+	@echo "make test         run the tests"
+	@echo "make check        lint, format, types, syntax on every Python at hand, tests"
+	@echo "make drills       the long fault drills"
+	@echo "make clean        remove .venv and caches (outputs/ stays)"
+
+quickstart: $(VENV)/.installed
+	$(BIN)/vir-hf train experiment=quickstart
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: lint types compile test
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-dev
+	for version in $(PYTHON_VERSIONS); do $(BIN)/mypy --python-version $$version || exit 1; done
+
+# Each version is tried as python3.N on PATH and as pyenv keeps it; one that is not there is left out, and named.
+compile: $(VENV)/.installed-dev
+	@for version in $(PYTHON_VERSIONS); do \
+	  found=; \
+	  for python in python$$version "$$HOME"/.pyenv/versions/$$version.*/bin/python; do \
+	    if "$$python" -c pass 2>/dev/null; then \
+	      found=yes; "$$python" .ci/compile.py $(SOURCES) || exit 1; break; \
+	    fi; \
+	  done; \
+	  test -n "$$found" || echo "Python $$version: not at hand, syntax not checked"; \
+	done
+
+drills: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m drills $(PYTEST_ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch first and pinned: where a CPU build is at hand, it is taken, and what follows does not replace it.
+$(VENV)/.installed: setup.cfg pyproject.toml
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 13) else f"Python {v[0]}.{v[1]} found, 3.10 to 3.13 expected: make PYTHON=python3.11 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	touch $@
