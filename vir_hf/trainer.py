@@ -212,4 +212,7 @@ def memory_in_use() -> int:
 
 def make_sft_config(arguments: dict[str, Any], **fixed: Any) -> SFTConfig:
     """Return TRL's config from the recipe's arguments, with what the product decides put over them."""
-    return SFTConfig(**{**arguments, **fixed})
+    merged = {**arguments, **fixed}
+    if "gradient_checkpointing" in merged:  # upstream's new name for it; the old one warns
+        merged["activation_checkpointing"] = merged.pop("gradient_checkpointing")
+    return SFTConfig(**merged)

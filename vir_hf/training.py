@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from vir_hf.checkpoints import save_run
 from vir_hf.collator import LlavaDataCollator
@@ -61,6 +61,7 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> dict[str
         supervised_positions_only=recipe.training.supervised_positions_only,
         callbacks=[StepLines(), *callbacks],
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     metrics = summarise(trainer, recipe, time.perf_counter() - started)
     if trainer.is_world_process_zero():
