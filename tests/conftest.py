@@ -20,3 +20,13 @@ def shared_data() -> Path:
     if not root.is_dir():
         pytest.skip("real data is not at hand; set VIR_HF_REAL_DATA to its folder")
     return root
+
+
+@pytest.fixture(scope="session")
+def tiny_parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `lm/`, `tower/`, `rows.json` and `images/`, all made on the spot."""
+    import tiny
+
+    root = tmp_path_factory.mktemp("tiny")
+    tiny.training_overrides(root, root / "out")
+    return root
