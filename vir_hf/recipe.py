@@ -259,10 +259,19 @@ def schema() -> dict[str, dict[str, upstream.Argument]]:
         "lora": upstream.lora_arguments(),
         "quantization": upstream.quantization_arguments(),
     }
-    return {
+    known = {
         section: {**passed_through.get(section, {}), **_own_arguments(section_class)}
         for section, section_class in _SECTIONS.items()
     }
+    # These two dictionaries are where a new word is added; their modules are too heavy to import for a typo.
+    package = Path(__file__).parent
+    for name, file, dictionary, more in (
+        ("projector_type", "llava/projectors.py", "PROJECTORS", ()),
+        ("template", "templates.py", "TEMPLATES", ("auto",)),
+    ):
+        words = (*upstream.keys_of_dictionary(package / file, dictionary), *more)
+        known["model"][name] = dataclasses.replace(known["model"][name], choices=words)
+    return known
 
 
 def load_recipe(
@@ -339,7 +348,9 @@ def _source(number: int, source: Any) -> SourceSection:
 def _own_arguments(section_class: type[Any]) -> dict[str, upstream.Argument]:
     """Return the keys a section of ours declares; its `arguments` field holds upstream's and is none."""
     return {
-        f.name: upstream.argument_of(f.name, str(f.type))
+        f.name: upstream.argument_of(
+            f.name, str(f.type), upstream.MISSING if f.default is dataclasses.MISSING else f.default
+        )
         for f in dataclasses.fields(section_class)
         if f.name != "arguments"
     }

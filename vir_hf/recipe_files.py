@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vir_hf import recipe_keys
+from vir_hf import recipe_keys, upstream
 from vir_hf.errors import RecipeError
 
 logger = logging.getLogger(__name__)
@@ -90,6 +90,7 @@ def compose(
         RecipeError: an override that cannot be read, an unknown key or option, a file that is no recipe.
     """
     parsed = [read_override(text) for text in overrides]
+    _refuse_two_options(parsed)
     recipe_file, parsed = _take_recipe_file(parsed, recipe_file)
     typed = {override.key for override in parsed}
     hydra_overrides = [_key_override(override, schema) for override in parsed if not override.is_group]
@@ -98,9 +99,9 @@ def compose(
         hydra_overrides.insert(0, "++training.per_device_train_batch_size=null")
     with tempfile.TemporaryDirectory(prefix="vir_hf_recipe_") as scratch:
         directories, config_name, chosen = _lay_out(parsed, recipe_file, recipes_dir, Path(scratch))
-        raw, resolved = _compose_with_hydra(directories, config_name, chosen + hydra_overrides)
+        raw = _compose_with_hydra(directories, config_name, chosen + hydra_overrides)
     _check_tree(raw, schema, typed)
-    return {str(section): values or {} for section, values in resolved.items()}
+    return _resolved(raw, schema)
 
 
 def read_override(text: str) -> Override:
@@ -118,6 +119,14 @@ def read_override(text: str) -> Override:
     if key.split(".")[0] == "hydra":
         raise RecipeError(f"{text}: Hydra's own settings are fixed. Remove it; results go to training.output_dir.")
     return Override(text, key, value, is_removal=prefix == "~")
+
+
+def _refuse_two_options(overrides: list[Override]) -> None:
+    """Raise when a group is chosen twice; which one counts would be a guess."""
+    chosen: dict[str, str] = {}
+    for override in overrides:
+        if override.is_group and chosen.setdefault(override.key, override.text) != override.text:
+            raise RecipeError(f"{override.text}: {chosen[override.key]} is given too. Choose one {override.key}.")
 
 
 def _take_recipe_file(
@@ -154,10 +163,27 @@ def _key_override(override: Override, schema: recipe_keys.Schema) -> str:
     value = override.value or ""
     if not value.strip():
         raise RecipeError(f"{override.text}: nothing stands after the equals sign. Write {override.key}=null for none.")
-    is_text = argument.kinds and argument.kinds <= {"str", "none"}
-    if is_text and value not in ("null", "None", "none") and "${" not in value and value[:1] not in "'\"":
-        value = _quoted(value)  # a path may hold spaces, commas and brackets, which Hydra's grammar would take apart
+    if argument.kinds <= {"str", "none"} and argument.kinds:
+        if value.lower() in ("null", "none") and "none" in argument.kinds:
+            value = "null"
+        elif "${" not in value and value[:1] not in "'\"" and value != "null":
+            # A path may hold spaces, commas and brackets, which Hydra's grammar would take apart.
+            value = _quoted(value)
+    elif "str" in argument.kinds and value[0] not in "{[" and not _is_hydra_value(value):
+        value = _quoted(value)  # such as a regular expression for lora.target_modules
     return f"++{override.key}={value}"
+
+
+def _is_hydra_value(value: str) -> bool:
+    """Return whether Hydra's grammar can read what stands after the equals sign."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        OverridesParser.create().parse_override(f"key={value}")
+    except HydraException:
+        return False
+    return True
 
 
 def _quoted(text: str) -> str:
@@ -223,7 +249,9 @@ def _checked_option(override: Override, recipes_dir: str | os.PathLike[str] | No
         near = recipe_keys.nearest_word(value, options)
         hint = f" Did you mean {override.key}={near}?" if near else ""
         raise RecipeError(f"{override.text}: unknown {override.key}, expected one of {', '.join(options)}.{hint}")
-    logger.debug("%s is %s", override.text, options[value])
+    packaged = packaged_directory("recipes") / override.key / f"{value}.yaml"
+    if packaged.is_file() and options[value] != packaged and options[value].read_bytes() != packaged.read_bytes():
+        logger.warning("%s is taken from %s, which differs from the package's own", override.text, options[value])
     return value
 
 
@@ -248,8 +276,8 @@ def read_yaml(path: Path) -> dict[Any, Any]:
     return content
 
 
-def _compose_with_hydra(directories: list[Path], config_name: str, overrides: list[str]) -> tuple[Any, Any]:
-    """Return the composed configuration twice: as written, and with references resolved."""
+def _compose_with_hydra(directories: list[Path], config_name: str, overrides: list[str]) -> Any:
+    """Return the composed configuration as plain dictionaries, references still unresolved."""
     import yaml
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
@@ -259,10 +287,33 @@ def _compose_with_hydra(directories: list[Path], config_name: str, overrides: li
         with _hydra(directories) as compose_config:
             config = compose_config(config_name=config_name, overrides=overrides + _search_path(directories))
         raw = OmegaConf.to_container(config, resolve=False)
-        recipe_keys.refuse_code("", raw)
-        return raw, OmegaConf.to_container(config, resolve=True)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        raise RecipeError(f"the recipe cannot be composed: {_first_lines(error)}") from error
+        raise RecipeError(
+            f"the recipe cannot be composed: {_first_lines(error)}. Correct that override or file."
+        ) from error
+    recipe_keys.refuse_code("", raw)
+    return raw
+
+
+def _resolved(raw: Any, schema: recipe_keys.Schema) -> dict[str, dict[str, Any]]:
+    """Return the tree with `${section.key}` replaced; a key that is not set stands for its default."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    tree = {section: values or {} for section, values in raw.items()}
+    defaults = {
+        section: {name: a.default for name, a in arguments.items() if a.default is not upstream.MISSING}
+        for section, arguments in schema.items()
+    }
+    resolved: dict[str, dict[str, Any]] = {}
+    try:
+        merged = OmegaConf.merge(defaults, tree)
+        for section, values in tree.items():
+            whole: Any = OmegaConf.to_container(merged[section], resolve=True, throw_on_missing=True)
+            resolved[section] = {name: whole[name] for name in values}
+    except OmegaConfBaseException as error:
+        raise RecipeError(f"the recipe cannot be resolved: {_first_lines(error)}. Correct that key.") from error
+    return resolved
 
 
 @contextmanager

@@ -200,6 +200,8 @@ def checked_value(key: str, value: Any, argument: Argument) -> Any:
     """
     if value is None:
         return None
+    if value is False and "no" in argument.choices:
+        value = "no"  # YAML reads a bare no as false
     value = _converted(value, argument.kinds)
     kind = type(value).__name__
     is_number = kind == "int" and "float" in argument.kinds

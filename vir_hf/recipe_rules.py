@@ -181,9 +181,10 @@ def _check_trainable(recipe: Recipe) -> None:
         )
     has_lora = "lora" in (trainable.language_model, trainable.vision_tower)
     if recipe.lora.arguments and not has_lora:
+        other = "" if training.stage == "pretrain" else ", or trainable.language_model=lora"
         raise RecipeError(
             f"lora.{next(iter(recipe.lora.arguments))}: is set, but no part is trained with LoRA (trainable.language_model is "
-            f"{trainable.language_model}). Add lora=none, or trainable.language_model=lora."
+            f"{trainable.language_model}). Add lora=none{other}."
         )
     if recipe.model.adapter and not has_lora:
         raise RecipeError("model.adapter: is set, but no part is trained with LoRA. Set trainable.language_model=lora.")

@@ -89,6 +89,16 @@ def argument_of(name: str, annotation: str, default: Any = MISSING) -> Argument:
     return Argument(name, frozenset() if is_open else frozenset(kinds), tuple(choices), default, is_writable)
 
 
+def keys_of_dictionary(path: Path, name: str) -> tuple[str, ...]:
+    """Return the keys of a dictionary that a module's source spells out; the module is not imported."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if not isinstance(node, ast.AnnAssign) or not isinstance(node.value, ast.Dict):
+            continue
+        if isinstance(node.target, ast.Name) and node.target.id == name:
+            return tuple(str(key.value) for key in node.value.keys if isinstance(key, ast.Constant))
+    raise LookupError(f"{path}: has no annotated dictionary {name} any more")
+
+
 def _dataclass_arguments(sources: tuple[tuple[str, str, str], ...], package: str) -> dict[str, Argument]:
     """Return the fields of a dataclass and its bases, given base first."""
     arguments: dict[str, Argument] = {}
