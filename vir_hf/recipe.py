@@ -217,6 +217,10 @@ class RecipeArgumentParser(argparse.ArgumentParser):
         self.add_argument("--recipe", metavar="FILE", help="start from a recipe file, such as one that a run saved")
         self.add_argument("--recipes-dir", metavar="DIR", help="a folder of your own recipes, searched first")
 
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Return the parsed arguments; flags and overrides may stand in any order."""
+        return self.parse_intermixed_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         """End with exit code 2; a recipe key written as a flag is answered with how to write it."""
         flag = re.match(r"unrecognized arguments: --?([A-Za-z][\w.-]*)", message)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
+
+from vir_hf.recipe import RecipeArgumentParser, recipe_from
 
 _EPILOG = """\
 examples:
@@ -18,20 +19,11 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train; return the exit code (0 done, 2 a recipe or data that cannot be run)."""
-    parser = argparse.ArgumentParser(
-        prog="vir-hf train",
-        description="Train a vision-language model from a recipe.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    # Only light imports up to here: a typo is answered before anything heavy is loaded.
+    parser = RecipeArgumentParser(
+        prog="vir-hf train", description="Train a vision-language model from a recipe.", epilog=_EPILOG
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="experiment=NAME and section.key=value")
-    parser.add_argument("--recipe", help="a recipe.yaml that a run has written, to run it again")
-    parser.add_argument("--recipes-dir", help="a folder of your own recipes, searched first")
-    options = parser.parse_args(argv)
-
-    from vir_hf.recipe import load_recipe  # answers a typo before anything heavy is imported
-
-    recipe = load_recipe(options.overrides, recipe_file=options.recipe, recipes_dir=options.recipes_dir)
+    recipe = recipe_from(parser.parse_args(argv))
     from vir_hf.training import train
 
     metrics = train(recipe)
@@ -49,4 +41,6 @@ def closing_words(metrics: dict, output_dir: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from vir_hf.cli import main as run_command
+
+    sys.exit(run_command(["train", *sys.argv[1:]]))
