@@ -96,7 +96,7 @@ def _tar_members(path: str) -> dict[str, Member]:
                 members[info.name.removeprefix("./")] = Member(
                     info.offset_data, info.size, info.size, zipfile.ZIP_STORED
                 )
-            archive.members = []  # tarfile keeps every header otherwise: 1 KiB a picture
+            archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise: 1 KiB a picture
     return members
 
 

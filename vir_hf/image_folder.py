@@ -91,7 +91,7 @@ class ImageFolder:
         return self._find(listing, name) or self._locate_in_other_edition(directory, name)
 
     def _find(self, listing: _Listing, name: str) -> str | None:
-        for candidate in _coco_names(name):
+        for candidate in (name,) if name in listing.names else _coco_names(name):
             if candidate in listing.names:
                 place = os.path.join(listing.directory, candidate)
                 if candidate in listing.links:

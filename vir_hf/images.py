@@ -7,6 +7,7 @@ Colour profiles are ignored, as the models' own processors do.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import warnings
@@ -19,6 +20,8 @@ from vir_hf.errors import DataError, ImageError
 from vir_hf.image_folder import ImageFolder, is_url, read_bytes, split_place
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit for a warning (a quarter of a gigabyte as RGB); we refuse there
+_METADATA_BYTES = 2**17  # EXIF and XMP are segments of at most 64 KiB and come first
+_ORIENTATION = 0x0112
 
 ImageSource = str | os.PathLike[str] | bytes | dict[str, Any] | Image.Image
 
@@ -120,12 +123,22 @@ def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"[:200]
 
 
+def is_upright(data: bytes) -> bool:
+    """Whether no orientation other than upright is recorded in the bytes of an image file."""
+    if b"Exif" not in data[:_METADATA_BYTES] and b"Orientation" not in data[:_METADATA_BYTES]:
+        return True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return bool(Image.open(io.BytesIO(data)).getexif().get(_ORIENTATION, 1) == 1)
+    except Exception:  # a damaged header: Pillow shall say so
+        return False
+
+
 def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
     """Return the picture upright and in mode RGB, by the rules this module's docstring states."""
-    try:
+    with contextlib.suppress(Exception):  # a damaged EXIF block says nothing about the pixels, which stay as they are
         image = ImageOps.exif_transpose(image)
-    except Exception:  # noqa: BLE001 - a damaged EXIF block says nothing about the pixels, which stay as they are
-        pass
     try:
         return _to_rgb(image)
     except (ValueError, OSError, ImageCms.PyCMSError) as error:
