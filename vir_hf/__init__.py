@@ -1,17 +1,14 @@
 """vir_hf: LLaVA-style visual instruction tuning, native to Hugging Face.
 
-Importing it registers `LlavaConfig` and `LlavaForCausalLM` with transformers' Auto classes and does nothing else. Neither
-torch nor transformers is imported for that: if transformers is not loaded yet, the registration waits for the moment its
-Auto classes are. The public names below load their modules when first used.
+Importing it registers `LlavaConfig` and `LlavaForCausalLM` with transformers' Auto classes and does nothing else. In the
+command itself the registration waits until a model is loaded. The public names load their modules when first used.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.abc
-import importlib.machinery
-import importlib.util
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -55,35 +52,13 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *_PUBLIC])
 
 
-# The last of transformers' Auto modules to be loaded: when it has run, all classes to register with exist.
-_AUTO_MODULE = "transformers.models.auto.modeling_auto"
+def _is_command() -> bool:
+    """Whether this process is `vir-hf` or `python -m vir_hf...`: it answers --help and a typo before torch is loaded."""
+    words = sys.orig_argv[1:]
+    if "-m" in words[:-1] and words[words.index("-m") + 1].split(".")[0] == "vir_hf":
+        return True
+    return any(Path(word).name in ("vir-hf", "vir-hf.exe") for word in words[:2])
 
 
-def _register() -> None:
+if not _is_command():
     importlib.import_module("vir_hf.llava.registration").register()
-
-
-class _RegisterAfterImport(importlib.abc.MetaPathFinder):
-    """Runs the registration as soon as transformers' Auto classes have been imported, then removes itself."""
-
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        if fullname != _AUTO_MODULE:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is None or spec.loader is None:
-            return None
-        execute = spec.loader.exec_module
-
-        def execute_and_register(module: Any) -> None:
-            execute(module)
-            _register()
-
-        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
-        return spec
-
-
-if _AUTO_MODULE in sys.modules:
-    _register()
-else:
-    sys.meta_path.insert(0, _RegisterAfterImport())

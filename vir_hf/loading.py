@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import snapshot_download
+from peft import PeftModel
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -19,16 +25,26 @@ from transformers import (
     SiglipVisionModel,
 )
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.utils import cached_file
 
 from vir_hf.conversations import encode_row
 from vir_hf.errors import RecipeError
+from vir_hf.fingerprint import check_fingerprint
 from vir_hf.llava.modeling_llava import LlavaForCausalLM
 from vir_hf.llava.processing_llava import LlavaProcessor
+from vir_hf.llava.registration import register
 
 if TYPE_CHECKING:
     from vir_hf.recipe import Recipe
 
 logger = logging.getLogger(__name__)
+
+# Where a run over joined parts keeps the model its adapter belongs to.
+BASE_FOLDER = "base"
+# What stays in 16 bit. Full names in memory: transformers ignores short ones and quantises tower, projector and head.
+NOT_QUANTIZED = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
+
+register()  # `import vir_hf` has done it already, except in the command, which loads no model to answer --help
 
 VISION_TOWERS: dict[str, type[PreTrainedModel]] = {
     "clip": CLIPVisionModel,
@@ -210,15 +226,158 @@ def load_model_and_processor(recipe: Recipe, precision: Precision) -> tuple[Llav
     )
 
 
-def load_processor(name: str, template: str | None = None) -> LlavaProcessor:
+def load_processor(
+    name: str | os.PathLike[str], template: str | None = None, revision: str | None = None
+) -> LlavaProcessor:
     """Return the processor saved beside a model; `template` replaces the one it was saved with."""
     from vir_hf.templates import chat_template_for
 
-    processor = _load_part(LlavaProcessor, name, "model.name_or_path")
+    processor = _load_part(
+        LlavaProcessor, os.fspath(name), "model.name_or_path", **({"revision": revision} if revision else {})
+    )
     if template is not None and template != processor.template:
         processor.template = template
         processor.chat_template = chat_template_for(template, processor.tokenizer)
     return processor
+
+
+def load_run(
+    path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: str | torch.device | None = None,
+    base: str | None = None,
+    load_in_4bit: bool = False,
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[LlavaForCausalLM | PeftModel, LlavaProcessor]:
+    """Return a model in eval mode and its processor from a run, a checkpoint of it, an adapter, or any LLaVA model.
+
+    Args:
+        path: a run's output directory, a `checkpoint-N` in it, a folder saved by `save_pretrained`, or a Hub id. An
+            adapter is put on the base it was trained on.
+        dtype: `"auto"` follows the machine (see `choose_precision`).
+        device: the first GPU if there is one, else the CPU.
+        base: the base model of an adapter, where it is not the one the adapter names.
+        load_in_4bit: quantise the language model to NF4 while loading.
+
+    Raises:
+        RecipeError: nothing can be loaded from `path`, or the adapter belongs to another base.
+    """
+    name = os.fspath(path)
+    if isinstance(dtype, str):
+        dtype = choose_precision(dtype, use_cpu=str(device or "").startswith("cpu")).dtype
+    loading: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    if attn_implementation is not None:
+        loading["attn_implementation"] = attn_implementation
+    if load_in_4bit:
+        loading["quantization_config"] = default_nf4(dtype)
+    adapter = adapter_folder(name, revision)
+    if adapter is None:
+        if revision is not None:
+            loading["revision"] = revision
+        model = _load_part(LlavaForCausalLM, name, "path", **loading)
+        processor = load_processor(name, revision=revision)
+    else:
+        base_name, base_revision = (base, None) if base else base_of(adapter)
+        check_fingerprint(adapter, base_name, base_revision, key="base")
+        if base_revision is not None:
+            loading["revision"] = base_revision
+        plain = _load_part(LlavaForCausalLM, base_name, "base", **loading)
+        keep_linear4bit_layout(plain)
+        model = PeftModel.from_pretrained(plain, str(adapter))
+        processor = load_processor(next((folder for folder in _folders_of_run(adapter) if _has_processor(folder)), base_name))
+    keep_linear4bit_layout(model)
+    if device is None and torch.cuda.is_available():
+        device = "cuda"
+    if device is not None and not is_quantized(model):
+        model = model.to(device)
+    return model.eval(), processor
+
+
+def keep_base(model: LlavaForCausalLM, processor: LlavaProcessor, recipe: Recipe, *, is_main_process: bool = True) -> None:
+    """Save the model that an adapter will be trained on as `output_dir/base`, where it exists nowhere else.
+
+    Joined parts have a projector and embedding rows that were drawn at random, so their adapter would be worth nothing
+    without them. The adapter's config names this folder. Nothing is saved for a base that lies on disk or on the Hub.
+    """
+    if "lora" not in (recipe.trainable.language_model, recipe.trainable.vision_tower):
+        return
+    if recipe.model.name_or_path and not recipe.model.pretrained_projector:
+        return
+    folder = Path(recipe.training.output_dir) / BASE_FOLDER
+    source = Path(model.name_or_path) if model.name_or_path else None
+    is_there = source is not None and source.is_dir() and source.resolve() == folder.resolve()
+    if is_main_process and not is_there:
+        temporary = folder.with_name(f"{BASE_FOLDER}.{os.getpid()}.tmp")
+        model.save_pretrained(temporary)
+        processor.save_pretrained(temporary)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(temporary, folder)
+    model.name_or_path = model.config._name_or_path = str(folder.resolve())
+
+
+def adapter_folder(name: str, revision: str | None = None) -> Path | None:
+    """Return the folder of an adapter, fetched from the Hub if need be; `None` if `name` is a whole model."""
+    if Path(name).is_dir():
+        return Path(name) if (Path(name) / "adapter_config.json").is_file() else None
+    try:
+        found = cached_file(name, "adapter_config.json", revision=revision, _raise_exceptions_for_missing_entries=False)
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"{name}: is neither a folder nor a model that can be reached on the Hub: {_first_line(error)} Expected a run's "
+            "output directory, a folder saved by save_pretrained, or a Hub id."
+        ) from error
+    return None if found is None else Path(snapshot_download(name, revision=revision))
+
+
+def base_of(adapter: Path) -> tuple[str, str | None]:
+    """Return name and revision of the base an adapter was trained on; a base saved in the run itself comes first."""
+    for folder in _folders_of_run(adapter):
+        if (folder / BASE_FOLDER / "config.json").is_file():
+            return str(folder / BASE_FOLDER), None
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    name = config.get("base_model_name_or_path")
+    if not name:
+        raise RecipeError(f"{adapter}: its adapter_config.json names no base model; pass base=NAME_OR_FOLDER.")
+    return name, config.get("revision")
+
+
+def _folders_of_run(adapter: Path) -> list[Path]:
+    """The folder itself and, for a checkpoint, the run it lies in."""
+    return [adapter, adapter.parent] if adapter.name.startswith("checkpoint-") else [adapter]
+
+
+def _has_processor(folder: Path) -> bool:
+    return (folder / "processor_config.json").is_file() or (folder / "preprocessor_config.json").is_file()
+
+
+def is_quantized(model: torch.nn.Module) -> bool:
+    """Whether any layer is stored in 4 or 8 bit."""
+    return any(type(module).__name__ in ("Linear4bit", "Linear8bitLt") for module in model.modules())
+
+
+def keep_linear4bit_layout(model: torch.nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights in eval mode, which it does for good on CPUs with AVX512-BF16.
+
+    After one evaluation the gradient would no longer pass through the repacked layers.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def default_nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
+    """NF4 with double quantisation of the language model's linear layers alone."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=list(NOT_QUANTIZED),
+    )
 
 
 def quantization_config(recipe: Recipe, precision: Precision) -> BitsAndBytesConfig | None:
@@ -234,9 +393,7 @@ def quantization_config(recipe: Recipe, precision: Precision) -> BitsAndBytesCon
     if recipe.quantization.bits == 4:
         arguments.setdefault("bnb_4bit_compute_dtype", precision.dtype)
     # The full names: transformers ignores the short ones and quantises tower, projector and head.
-    arguments.setdefault(
-        "llm_int8_skip_modules", ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
-    )
+    arguments.setdefault("llm_int8_skip_modules", list(NOT_QUANTIZED))
     return BitsAndBytesConfig(**arguments)
 
 

@@ -58,6 +58,23 @@ class LlavaModel(NativeLlavaModel):
         """Whether no weight of the tower, nor an adapter inside it, is trained."""
         return not any(parameter.requires_grad for parameter in self.vision_tower.parameters())
 
+    def unused_vision_parameters(self) -> set[str]:
+        """Names (within the tower) of weights no selected feature depends on: later layers, last norm, pooling head.
+
+        They get no gradient, so a trained tower must leave them frozen: distributed training waits for every trained one.
+        """
+        layers = self.config.vision_feature_layer
+        selected = [layers] if isinstance(layers, int) else list(layers)
+        num_layers = self.vision_tower.config.num_hidden_layers
+        depth = max(layer if layer >= 0 else num_layers + 1 + layer for layer in selected)
+        tower = getattr(self.vision_tower, "vision_model", self.vision_tower)
+        if not (hasattr(tower, "embeddings") and hasattr(tower, "encoder")):
+            return set()
+        used = {id(p) for module in (tower.embeddings, *tower.encoder.layers[:depth]) for p in module.parameters()}
+        if hasattr(tower, "pre_layrnorm"):
+            used |= {id(parameter) for parameter in tower.pre_layrnorm.parameters()}
+        return {name for name, parameter in self.vision_tower.named_parameters() if id(parameter) not in used}
+
     def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Return the tower's features at the selected layer(s), the projector's input.
 
