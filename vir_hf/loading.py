@@ -82,7 +82,9 @@ def choose_precision(dtype: str = "auto", use_cpu: bool = False) -> Precision:
     chosen = getattr(torch, dtype)
     autocast = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(chosen)
     if autocast == "fp16" and not has_cuda:
-        raise RecipeError("model.dtype=float16 needs a CUDA GPU for its loss scaling; use float32 or bfloat16 on a CPU.")
+        raise RecipeError(
+            "model.dtype=float16 needs a CUDA GPU for its loss scaling; use float32 or bfloat16 on a CPU."
+        )
     return Precision(chosen, autocast, "model.dtype")
 
 
@@ -202,7 +204,9 @@ def load_model_and_processor(recipe: Recipe, precision: Precision) -> tuple[Llav
     if wanted.attn_implementation != "auto":
         loading["attn_implementation"] = wanted.attn_implementation
     if wanted.name_or_path:
-        model = _load_part(LlavaForCausalLM, wanted.name_or_path, "model.name_or_path", dtype=precision.dtype, **loading)
+        model = _load_part(
+            LlavaForCausalLM, wanted.name_or_path, "model.name_or_path", dtype=precision.dtype, **loading
+        )
         processor = load_processor(wanted.name_or_path, template=wanted.template)
         agree_on_tokens(model, processor)
         return model, processor
@@ -287,7 +291,9 @@ def load_run(
         plain = _load_part(LlavaForCausalLM, base_name, "base", **loading)
         keep_linear4bit_layout(plain)
         model = PeftModel.from_pretrained(plain, str(adapter))
-        processor = load_processor(next((folder for folder in _folders_of_run(adapter) if _has_processor(folder)), base_name))
+        processor = load_processor(
+            next((folder for folder in _folders_of_run(adapter) if _has_processor(folder)), base_name)
+        )
     keep_linear4bit_layout(model)
     if device is None and torch.cuda.is_available():
         device = "cuda"
@@ -296,7 +302,9 @@ def load_run(
     return model.eval(), processor
 
 
-def keep_base(model: LlavaForCausalLM, processor: LlavaProcessor, recipe: Recipe, *, is_main_process: bool = True) -> None:
+def keep_base(
+    model: LlavaForCausalLM, processor: LlavaProcessor, recipe: Recipe, *, is_main_process: bool = True
+) -> None:
     """Save the model that an adapter will be trained on as `output_dir/base`, where it exists nowhere else.
 
     Joined parts have a projector and embedding rows that were drawn at random, so their adapter would be worth nothing
@@ -400,7 +408,9 @@ def quantization_config(recipe: Recipe, precision: Precision) -> BitsAndBytesCon
 def _name_of(part: str | PreTrainedModel, wanted: str) -> str:
     name = part if isinstance(part, str) else part.config._name_or_path
     if not name:
-        raise RecipeError(f"pass {wanted}=...: a model that was not loaded from a name does not say which one is its own.")
+        raise RecipeError(
+            f"pass {wanted}=...: a model that was not loaded from a name does not say which one is its own."
+        )
     return name
 
 

@@ -21,7 +21,7 @@ from vir_hf.conversations import encode_row
 from vir_hf.data import load_llava_dataset
 from vir_hf.errors import RecipeError
 from vir_hf.llava.processing_llava import LlavaProcessor
-from vir_hf.loading import Precision, choose_precision, load_model_and_processor
+from vir_hf.loading import Precision, choose_precision, keep_base, load_model_and_processor
 from vir_hf.progress import StepLines
 from vir_hf.sampling import RowSize, StepSampler
 from vir_hf.trainable import make_trainable, parameter_groups
@@ -48,6 +48,7 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> dict[str
     rows = load_rows(recipe)
     arguments = training_arguments(recipe, precision)
     sampler = plan_steps(recipe, rows, processor, arguments.world_size, arguments.process_index)
+    keep_base(model, processor, recipe, is_main_process=arguments.process_index == 0)
     model = make_trainable(model, recipe)
     trainer = LlavaTrainer(
         model=model,
