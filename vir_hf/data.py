@@ -1,21 +1,24 @@
-"""Data files -> a dataset of rows `{"id", "messages", "images"}` whose pictures open only when a row is read."""
+"""Data files and Hub data sets -> datasets of rows `{"id", "messages", "images"}` whose pictures open when a row is read."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import datasets
+import numpy as np
+from huggingface_hub import hf_hub_download
 
-from vir_hf.conversations import FATAL_KINDS, PLACEHOLDER, PROBLEM_KINDS, row_problems, to_messages
-from vir_hf.errors import DataError, ImageError
+from vir_hf.errors import DataError, ImageError, RecipeError
 from vir_hf.image_folder import ImageFolder
 from vir_hf.images import open_image
-from vir_hf.row_cache import BadRow, cache_folder, cached_rows, fingerprint, read_bad_rows
+from vir_hf.row_cache import cache_folder, cached_rows, fingerprint, read_bad_rows
 from vir_hf.row_files import RowRange, find_data_files, read_rows, split_rows
+from vir_hf.rows import BadRow, BadRowPolicy, normalise_row
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +34,8 @@ ROW_FEATURES = datasets.Features(
         "images": datasets.List(datasets.Image(decode=False)),
     }
 )
-Policy = Literal["raise", "skip"]
+_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+_HUB_FILE = re.compile(r"^hf://datasets/(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?/(?P<file>.+)$")
 
 
 def load_llava_dataset(
@@ -42,73 +46,176 @@ def load_llava_dataset(
     streaming: bool = False,
     max_rows: int | None = None,
     allow_urls: bool = False,
-    on_bad_row: Policy = "raise",
-    on_bad_image: Policy = "raise",
+    on_bad_row: str = "raise",
+    on_bad_image: str = "raise",
     max_bad_fraction: float = 0.05,
     bad_rows: list[BadRow] | None = None,
+    split: str = "train",
 ) -> datasets.Dataset | datasets.IterableDataset:
     """Return the rows of LLaVA data as a dataset with the columns `id`, `messages` and `images`.
 
     Args:
-        path: a `.json`, `.jsonl` or `.parquet` file, a directory or glob of them.
+        path: a `.json`, `.jsonl` or `.parquet` file, a directory or glob of them, a Hub data set `owner/name`, or one file of
+            it, `hf://datasets/owner/name[@revision]/file.json`.
         image_folder: where the rows' image paths start: a directory, a `.zip` or a `.tar`. By default the data file's own
             directory.
         decode_images: give PIL images in mode RGB (opened when the row is read), or `{"bytes", "path"}` for `open_image`.
+        streaming: read shards as they are needed; they are shared out among ranks (`datasets.distributed`) and dataloader
+            workers, and `state_dict` resumes where it stopped.
         max_rows: read no more than this many rows from the front.
         allow_urls: let an image be an http(s) URL, fetched when the row is read.
-        on_bad_row, on_bad_image: `raise`, or `skip` the row; at most `max_bad_fraction` of all rows.
+        on_bad_row, on_bad_image: `raise`, or `skip` the row; at most `max_bad_fraction` of all rows. A stream meets its bad
+            rows one by one and does not count the fraction.
         bad_rows: a list that receives the rows left out.
+        split: which split of a Hub data set.
 
     Raises:
         DataError: no data file, malformed JSON (with its line), or rows that cannot be trained on (with number and id).
     """
-    files = find_data_files(path)
-    folders = _image_folders(files, image_folder, allow_urls)
+    policy = BadRowPolicy(on_bad_row, on_bad_image, max_bad_fraction)
+    path = os.fspath(path)
+    hub_file = _HUB_FILE.match(path)
+    if hub_file:
+        path = _fetch(path, **hub_file.groupdict())
+    source: _FileRows | _HubRows
+    if not os.path.exists(path) and _HUB_ID.match(path) and not path.endswith((".json", ".jsonl", ".parquet")):
+        folder = None if image_folder is None else ImageFolder(image_folder, allow_urls=allow_urls)
+        source = _HubRows(path, split, folder, streaming)
+    else:
+        source = _FileRows(path, image_folder, allow_urls)
     if streaming:
-        stream = _stream_rows(files, folders, on_bad_row, on_bad_image)
+        stream = source.stream(policy)
         stream = stream if max_rows is None else stream.take(max_rows)
         return stream.map(OpenImages(allow_urls), batched=True, batch_size=1) if decode_images else stream
-    dataset, bad = _load_cached(files, folders, max_rows)
-    enforce_policy(bad, len(dataset) + len(bad), os.fspath(path), on_bad_row, on_bad_image, max_bad_fraction)
+    dataset, bad = source.load(max_rows)
+    policy.enforce(bad, len(dataset) + len(bad), path)
     if bad_rows is not None:
         bad_rows.extend(bad)
     return dataset.with_transform(OpenImages(allow_urls)) if decode_images else dataset
 
 
-def _image_folders(
-    files: list[str], image_folder: str | os.PathLike[str] | None, allow_urls: bool
-) -> list[ImageFolder]:
-    if image_folder is not None:
-        return [ImageFolder(image_folder, allow_urls=allow_urls)] * len(files)
-    return [ImageFolder(os.path.dirname(os.path.abspath(file)), allow_urls=allow_urls) for file in files]
+def load_sources(
+    sources: Sequence[Mapping[str, Any]],
+    *,
+    seed: int = 0,
+    decode_images: bool = True,
+    streaming: bool = False,
+    **options: Any,
+) -> datasets.Dataset | datasets.IterableDataset:
+    """Return a mixture of sources as one dataset.
 
+    A source with neither `weight` nor `num_rows` gives all its rows. Sources with a `weight` share the mixture in that
+    proportion, and the one that would run out first is used whole, so that no row comes twice. A source with `num_rows`
+    gives so many, drawn with `seed`; rows come twice only where it has fewer.
 
-def _load_cached(
-    files: list[str], folders: list[ImageFolder], max_rows: int | None
-) -> tuple[datasets.Dataset, list[BadRow]]:
-    name = fingerprint(files, [folder.identity for folder in folders], max_rows)
-    path = cache_folder() / f"rows-{name}.arrow"
-    known = read_bad_rows(path)
-    if known and any(bad.reference and _is_found(bad, files, folders) for bad in known):
-        path.with_suffix(".json").unlink()  # a missing picture has arrived: read the rows again
-    path, bad_rows = cached_rows(name, _normalised_rows(files, folders, max_rows))
-    dataset = datasets.Dataset.from_file(str(path), info=datasets.DatasetInfo(features=ROW_FEATURES))
-    return dataset, bad_rows
+    Args:
+        sources: mappings with `path`, and optionally `image_folder`, `weight` or `num_rows`, and `name`.
+        options: as for `load_llava_dataset`.
 
-
-def _stream_rows(
-    files: list[str], folders: list[ImageFolder], on_bad_row: str, on_bad_image: str
-) -> datasets.IterableDataset:
-    # All but the last divide evenly over 1, 2, 4, 8 ... and most other numbers of ranks.
-    num_parts = next(parts for parts in (960, 96, 8, 1) if parts * len(files) <= 8_000 or parts == 1)
-    shards = [
-        (file, folder, part) for file, folder in zip(files, folders, strict=True) for part in _parts_of(file, num_parts)
+    Raises:
+        RecipeError: a source with both `weight` and `num_rows`, or an unknown key.
+        DataError: as `load_llava_dataset`.
+    """
+    for number, source in enumerate(sources):
+        unknown = set(source) - {"path", "image_folder", "weight", "num_rows", "name"}
+        if unknown or "path" not in source or (source.get("weight") is not None and source.get("num_rows") is not None):
+            raise RecipeError(
+                f"data.sources[{number}]: found {dict(source)}; expected path, and optionally image_folder, name, and weight or "
+                "num_rows."
+            )
+    parts = [
+        load_llava_dataset(s["path"], s.get("image_folder"), decode_images=False, streaming=streaming, **options)
+        for s in sources
     ]
-    return datasets.IterableDataset.from_generator(
-        _generate_rows,
-        features=ROW_FEATURES,
-        gen_kwargs={"shards": shards, "on_bad_row": on_bad_row, "on_bad_image": on_bad_image},
-    )
+    allow_urls = bool(options.get("allow_urls"))
+    if streaming:
+        stream = _mix_streams(parts, sources, seed)
+        return stream.map(OpenImages(allow_urls), batched=True, batch_size=1) if decode_images else stream
+    counts = mixture_counts([len(part) for part in parts], sources)
+    drawn = []
+    for number, (part, source, count) in enumerate(zip(parts, sources, counts, strict=True)):
+        name = source.get("name") or source["path"]
+        logger.info("mixture: %s gives %d of %d rows (%.1f %%)", name, count, len(part), 100 * count / sum(counts))
+        if count != len(part):
+            generator = np.random.default_rng([seed, number])
+            rounds = [generator.permutation(len(part)) for _ in range(-(-count // len(part)))]
+            part = part.select(np.sort(np.concatenate(rounds)[:count]))
+        drawn.append(part)
+    dataset = datasets.concatenate_datasets(drawn)
+    return dataset.with_transform(OpenImages(allow_urls)) if decode_images else dataset
+
+
+def mixture_counts(sizes: Sequence[int], sources: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Return how many rows each source of a mixture gives; `sizes` are the rows they have."""
+    shares = [source.get("weight") for source in sources]
+    # How many rows a weight of 1 stands for: as many as the scarcest source allows.
+    scale = min((size / share for size, share in zip(sizes, shares, strict=True) if share is not None), default=0.0)
+    counts = []
+    for size, share, source in zip(sizes, shares, sources, strict=True):
+        wanted = source.get("num_rows")
+        counts.append(round(scale * share) if share is not None else size if wanted is None else int(wanted))
+    return counts
+
+
+def _mix_streams(
+    parts: list[datasets.IterableDataset], sources: Sequence[Mapping[str, Any]], seed: int
+) -> datasets.IterableDataset:
+    parts = [
+        part if source.get("num_rows") is None else part.take(source["num_rows"])
+        for part, source in zip(parts, sources, strict=True)
+    ]
+    weighted = [part for part, source in zip(parts, sources, strict=True) if source.get("weight") is not None]
+    others = [part for part, source in zip(parts, sources, strict=True) if source.get("weight") is None]
+    if weighted:
+        weights = np.array([source["weight"] for source in sources if source.get("weight") is not None], dtype=float)
+        weighted = [datasets.interleave_datasets(weighted, probabilities=list(weights / weights.sum()), seed=seed)]
+    return datasets.concatenate_datasets([*weighted, *others]) if others else weighted[0]
+
+
+class _FileRows:
+    """The rows of files on this machine."""
+
+    def __init__(self, path: str, image_folder: str | os.PathLike[str] | None, allow_urls: bool) -> None:
+        self.files = find_data_files(path)
+        if image_folder is not None:
+            self.folders = [ImageFolder(image_folder, allow_urls=allow_urls)] * len(self.files)
+        else:
+            own = [os.path.dirname(os.path.abspath(file)) for file in self.files]
+            self.folders = [ImageFolder(folder, allow_urls=allow_urls) for folder in own]
+
+    def load(self, max_rows: int | None) -> tuple[datasets.Dataset, list[BadRow]]:
+        name = fingerprint(self.files, [folder.identity for folder in self.folders], max_rows)
+        cached = cache_folder() / f"rows-{name}.arrow"
+        if any(self._has_arrived(bad) for bad in read_bad_rows(cached) or []):
+            cached.with_suffix(".json").unlink()  # a picture that was missing is there now: read the rows again
+        return _open_cache(name, self._rows(max_rows))
+
+    def _rows(self, max_rows: int | None) -> Iterator[dict[str, Any] | BadRow]:
+        num_rows = 0
+        for file, folder in zip(self.files, self.folders, strict=True):
+            for number, raw in read_rows(file):
+                if num_rows == max_rows:
+                    return
+                num_rows += 1
+                yield normalise_row(raw, folder, file, number)
+
+    def _has_arrived(self, bad: BadRow) -> bool:
+        try:
+            return bad.reference is not None and bool(self.folders[self.files.index(bad.file)].locate(bad.reference))
+        except DataError:
+            return False
+
+    def stream(self, policy: BadRowPolicy) -> datasets.IterableDataset:
+        # All but the last divide evenly over 1, 2, 4, 8 ... and most other numbers of ranks.
+        num_parts = next(parts for parts in (960, 96, 8, 1) if parts * len(self.files) <= 8_000 or parts == 1)
+        shards = [
+            (file, folder, part)
+            for file, folder in zip(self.files, self.folders, strict=True)
+            for part in _parts_of(file, num_parts)
+        ]
+        return datasets.IterableDataset.from_generator(
+            _generate_rows, features=ROW_FEATURES, gen_kwargs={"shards": shards, "policy": policy}
+        )
 
 
 def _parts_of(file: str, max_parts: int) -> list[RowRange]:
@@ -124,157 +231,85 @@ def _parts_of(file: str, max_parts: int) -> list[RowRange]:
         return parts
 
 
-def _generate_rows(
-    shards: list[tuple[str, ImageFolder, RowRange]], on_bad_row: str, on_bad_image: str
-) -> Iterator[dict[str, Any]]:
+def _generate_rows(shards: list[tuple[str, ImageFolder, RowRange]], policy: BadRowPolicy) -> Iterator[dict[str, Any]]:
     for file, folder, part in shards:
         for number, raw in read_rows(file, part):
-            row = normalise_row(raw, folder, file, number)
-            if isinstance(row, BadRow):
-                enforce_policy([row], number + 1, file, on_bad_row, on_bad_image, max_bad_fraction=1.0)
-            else:
+            row = _usable(normalise_row(raw, folder, file, number), policy)
+            if row is not None:
                 yield row
 
 
-def _is_found(bad: BadRow, files: list[str], folders: list[ImageFolder]) -> bool:
+def _usable(row: dict[str, Any] | BadRow, policy: BadRowPolicy) -> dict[str, Any] | None:
+    """Return a row of a stream; a bad one raises, or is logged and None."""
+    if not isinstance(row, BadRow):
+        return row
+    if (policy.on_bad_image if row.is_image else policy.on_bad_row) == "raise":
+        policy.enforce([row], row.row + 1, row.file)
+    logger.warning("left out: %s: row %d (id %s): %s", row.file, row.row, row.id, row.detail)
+    return None
+
+
+class _HubRows:
+    """The rows of a data set on the Hub, with embedded images or with names of files in an image folder."""
+
+    def __init__(self, name: str, split: str, folder: ImageFolder | None, streaming: bool) -> None:
+        self.name = name
+        self.folder = folder
+        try:
+            dataset = datasets.load_dataset(name, split=split, streaming=streaming)
+        except Exception as error:  # datasets lets through whatever its many layers raise
+            raise DataError(
+                f"{name}: neither a file here nor a Hub data set that can be loaded ({type(error).__name__}: {error}). Check "
+                "the spelling, the split, and, for a private or gated one, `hf auth login`. A data set that is one JSON file "
+                "is named hf://datasets/owner/name/file.json."
+            ) from error
+        self.dataset = _without_decoding(dataset)
+
+    def load(self, max_rows: int | None) -> tuple[datasets.Dataset, list[BadRow]]:
+        dataset = self.dataset if max_rows is None else self.dataset.take(max_rows)
+        name = fingerprint([], self.name, dataset._fingerprint, self.folder.identity if self.folder else None)
+        return _open_cache(name, (normalise_row(raw, self.folder, self.name, i) for i, raw in enumerate(dataset)))
+
+    def stream(self, policy: BadRowPolicy) -> datasets.IterableDataset:
+        columns = self.dataset.column_names or list(next(iter(self.dataset)))
+
+        def normalise(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
+            raws = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+            rows = [
+                _usable(normalise_row(raw, self.folder, self.name, i), policy)
+                for i, raw in zip(numbers, raws, strict=True)
+            ]
+            return {column: [row[column] for row in rows if row is not None] for column in ROW_FEATURES}
+
+        return self.dataset.map(
+            normalise, batched=True, batch_size=16, with_indices=True, remove_columns=columns, features=ROW_FEATURES
+        )
+
+
+def _without_decoding(dataset: Any) -> Any:
+    """Return a Hub data set whose image columns stay `{"bytes", "path"}`."""
+    for name, feature in (dataset.features or {}).items():
+        if isinstance(feature, datasets.Image):
+            dataset = dataset.cast_column(name, datasets.Image(decode=False))
+        elif isinstance(getattr(feature, "feature", None), datasets.Image):
+            dataset = dataset.cast_column(name, datasets.List(datasets.Image(decode=False)))
+    return dataset
+
+
+def _open_cache(name: str, rows: Iterator[dict[str, Any] | BadRow]) -> tuple[datasets.Dataset, list[BadRow]]:
+    path, bad_rows = cached_rows(name, rows)
+    return datasets.Dataset.from_file(str(path), info=datasets.DatasetInfo(features=ROW_FEATURES)), bad_rows
+
+
+def _fetch(path: str, repo: str, revision: str | None, file: str) -> str:
+    """Return where a file of a Hub data set lies after downloading it."""
     try:
-        return bool(bad.reference and folders[files.index(bad.file)].locate(bad.reference))
-    except DataError:
-        return False
-
-
-def _normalised_rows(
-    files: Sequence[str], folders: Sequence[ImageFolder], max_rows: int | None = None
-) -> Iterator[dict[str, Any] | BadRow]:
-    """Yield every raw row of the files as `{"id", "messages", "images"}` with images located, or as a `BadRow`."""
-    num_rows = 0
-    for file, folder in zip(files, folders, strict=True):
-        for number, raw in read_rows(file):
-            if max_rows is not None and num_rows >= max_rows:
-                return
-            num_rows += 1
-            yield normalise_row(raw, folder, file, number)
-
-
-def normalise_row(raw: Any, folder: ImageFolder, file: str, number: int) -> dict[str, Any] | BadRow:
-    """Return a raw row as `{"id", "messages", "images"}` with its images located in `folder`, or as a `BadRow`.
-
-    A row without an id is called by its number.
-    """
-    row_id = str(number)
-    reference: Any = None
-    try:
-        row_id = str(raw["id"]) if isinstance(raw, dict) and raw.get("id") not in (None, "") else row_id
-        row = _ordinary_row(raw) or to_messages(raw)
-        images = []
-        for reference in row["images"]:
-            images.append(_locate(reference, folder))
-        kind, detail = _text_problem(row, row_id)
-        if kind:
-            return BadRow(file, number, row_id, kind, detail)
-        return {"id": row_id, "messages": row["messages"], "images": images}
-    except ImageError as error:
-        missing = reference if error.kind == "image_missing" and isinstance(reference, str) else None
-        return BadRow(file, number, row_id, error.kind, str(error), missing)
-    except DataError:
-        kind, detail = next(
-            (found for found in row_problems(raw) if found[0] in FATAL_KINDS), ("bad_row", "cannot be read")
-        )
-        return BadRow(file, number, row_id, kind, f"{detail}. {PROBLEM_KINDS[kind]}")
-
-
-def _ordinary_row(raw: Any) -> dict[str, Any] | None:
-    """Return what `to_messages` returns for a row with nothing unusual about it, at a fifth of the time; else None.
-
-    Ordinary: questions and answers in turn, no answer empty, and for an image one `<image>` in one of the questions.
-    """
-    if type(raw) is not dict or "messages" in raw or "images" in raw:
-        return None
-    turns, image = raw.get("conversations"), raw.get("image")
-    if type(turns) is not list or not turns or len(turns) % 2 or not (image is None or (type(image) is str and image)):
-        return None
-    num_placeholders = 0
-    messages = []
-    for number, turn in enumerate(turns):
-        speaker, role = ("gpt", "assistant") if number % 2 else ("human", "user")
-        if type(turn) is not dict or turn.get("from") != speaker:
-            return None
-        text = turn.get("value")
-        if type(text) is not str or "role" in turn or "content" in turn:
-            return None
-        content = [{"type": "text", "text": text}]
-        if PLACEHOLDER in text:
-            before, _, after = text.partition(PLACEHOLDER)
-            num_placeholders += 1
-            if role == "assistant" or PLACEHOLDER in after:
-                return None
-            text = (before + after).strip()
-            content = [{"type": "image"}, {"type": "text", "text": text}] if text else [{"type": "image"}]
-        elif role == "assistant" and (not text or text.isspace()):
-            return None
-        messages.append({"role": role, "content": content})
-    if num_placeholders != (image is not None):
-        return None
-    return {"messages": messages, "images": [] if image is None else [image]}
-
-
-def _text_problem(row: dict[str, Any], row_id: str) -> tuple[str, str]:
-    """Return what keeps a row from being written or learned from as `(kind, detail)`, or two empty strings."""
-    is_supervised = False
-    try:
-        row_id.encode()
-        for message in row["messages"]:
-            for part in message["content"]:
-                text = part.get("text")
-                if text:
-                    text.encode()
-                    is_supervised |= message["role"] == "assistant" and not text.isspace()
-    except UnicodeEncodeError as error:
-        half = error.object[error.start : error.end]
-        return "bad_row", f"the text holds half a character ({half!r}, one of a pair of surrogates). Remove it."
-    if not is_supervised:
-        return "nothing_supervised", f"no turn is an answer with text in it. {PROBLEM_KINDS['nothing_supervised']}"
-    return "", ""
-
-
-def _locate(reference: Any, folder: ImageFolder) -> dict[str, Any]:
-    if isinstance(reference, dict) and reference.get("bytes") is not None:
-        return {"bytes": reference["bytes"], "path": reference.get("path")}
-    if isinstance(reference, dict):
-        reference = reference.get("path")
-    if not isinstance(reference, str):
-        raise ImageError("image_missing", f"image {reference!r}: expected a file name.")
-    return {"bytes": None, "path": folder.locate(reference)}
-
-
-def enforce_policy(
-    bad_rows: Sequence[BadRow], num_rows: int, source: str, on_bad_row: str, on_bad_image: str, max_bad_fraction: float
-) -> None:
-    """Raise one `DataError` about the bad rows unless the recipe says to skip them and they are few enough."""
-    refused = [bad for bad in bad_rows if (on_bad_image if bad.kind.startswith("image_") else on_bad_row) != "skip"]
-    if refused:
-        first = refused[0]
-        key = "data.on_bad_image" if first.kind.startswith("image_") else "data.on_bad_row"
+        return hf_hub_download(repo, file, repo_type="dataset", revision=revision)
+    except Exception as error:  # the same: HTTP, offline mode, gating, a missing file
         raise DataError(
-            f"{first.file}: row {first.row} (id {first.id}): {first.detail} "
-            f"{len(refused)} of {num_rows} rows cannot be used. List them with: vir-hf data check {source}; leave them out "
-            f"with {key}=skip."
-        )
-    if num_rows and len(bad_rows) == num_rows:
-        raise DataError(
-            f"{source}: none of its {num_rows} rows can be used; first: row {bad_rows[0].row}: {bad_rows[0].detail}"
-        )
-    if len(bad_rows) > max_bad_fraction * num_rows:
-        first = bad_rows[0]
-        raise DataError(
-            f"{source}: {len(bad_rows)} of {num_rows} rows cannot be used, more than data.max_bad_fraction={max_bad_fraction}; "
-            f"first: row {first.row} (id {first.id}): {first.detail} Mend the data (vir-hf data check {source} --fix OUT.json) "
-            "or raise data.max_bad_fraction."
-        )
-    if bad_rows:
-        logger.warning(
-            "%s: left out %d of %d rows that cannot be used (data.on_bad_row=skip)", source, len(bad_rows), num_rows
-        )
+            f"{path}: cannot be fetched ({type(error).__name__}: {error}). Check the name, the connection, and "
+            "`hf auth login` for a gated data set."
+        ) from error
 
 
 class OpenImages:

@@ -20,11 +20,13 @@ from typing import Any
 import pyarrow as pa
 from filelock import FileLock
 
+from vir_hf.rows import BadRow
+
 logger = logging.getLogger(__name__)
 
 _ROWS_PER_BATCH = 2_000
 _BYTES_PER_BATCH = 64 * 2**20
-_CODE = ("conversations.py", "data.py", "image_folder.py", "row_cache.py", "row_files.py")
+_CODE = ("conversations.py", "image_folder.py", "row_cache.py", "row_files.py", "rows.py")
 
 ROW_SCHEMA = pa.schema(
     [
@@ -43,18 +45,6 @@ ROW_SCHEMA = pa.schema(
         ("images", pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))),
     ]
 )
-
-
-@dataclasses.dataclass
-class BadRow:
-    """A row that cannot be trained on: its number in its file (from 0), its id, the kind of fault, and the reason."""
-
-    file: str
-    row: int
-    id: str
-    kind: str
-    detail: str
-    reference: str | None = None  # the picture that is missing, which may be there the next time
 
 
 def cache_folder() -> Path:

@@ -1,0 +1,166 @@
+"""One raw row of a file -> `{"id", "messages", "images"}` with its pictures located, or the reason why not."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from vir_hf.conversations import FATAL_KINDS, PLACEHOLDER, PROBLEM_KINDS, row_problems, to_messages
+from vir_hf.errors import DataError, ImageError
+from vir_hf.image_folder import ImageFolder
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class BadRow:
+    """A row that cannot be trained on: its number in its file (from 0), its id, the kind of fault, and the reason."""
+
+    file: str
+    row: int
+    id: str
+    kind: str
+    detail: str
+    reference: str | None = None  # the picture that is missing, which may be there the next time
+
+    @property
+    def is_image(self) -> bool:
+        """Whether `data.on_bad_image` speaks of it, rather than `data.on_bad_row`."""
+        return self.kind.startswith("image_")
+
+
+@dataclasses.dataclass(frozen=True)
+class BadRowPolicy:
+    """What happens to rows that cannot be trained on: `raise`, or `skip` while they are at most `max_bad_fraction`."""
+
+    on_bad_row: str = "raise"
+    on_bad_image: str = "raise"
+    max_bad_fraction: float = 0.05
+
+    def __post_init__(self) -> None:
+        for key in ("on_bad_row", "on_bad_image"):
+            if getattr(self, key) not in ("raise", "skip"):
+                raise ValueError(f"{key} is 'raise' or 'skip', got {getattr(self, key)!r}")
+
+    def enforce(self, bad_rows: Sequence[BadRow], num_rows: int, source: str) -> None:
+        """Raise one `DataError` about the bad rows of a source of `num_rows` rows, or log how many are left out."""
+        if not bad_rows:
+            return
+        refused = [bad for bad in bad_rows if (self.on_bad_image if bad.is_image else self.on_bad_row) == "raise"]
+        first = (refused or bad_rows)[0]
+        place = f"{first.file}: row {first.row} (id {first.id}): {first.detail}"
+        count = f"{len(bad_rows)} of {num_rows} rows cannot be used"
+        if refused:
+            key = "data.on_bad_image" if first.is_image else "data.on_bad_row"
+            raise DataError(
+                f"{place} In all, {count}. List them: vir-hf data check {source}. Leave them out: {key}=skip."
+            )
+        self.enforce_fraction(len(bad_rows), num_rows, f"{source}: the first is {place}")
+        logger.warning("%s: %s and are left out; the first is %s", source, count, place)
+
+    def enforce_fraction(self, num_bad_rows: int, num_rows: int, where: str) -> None:
+        """Raise a `DataError` when more than `max_bad_fraction` of the rows are bad; also for files that break later."""
+        if num_bad_rows == num_rows or num_bad_rows > self.max_bad_fraction * num_rows:
+            raise DataError(
+                f"{where} In all, {num_bad_rows} of {num_rows} rows cannot be used, more than "
+                f"data.max_bad_fraction={self.max_bad_fraction:g} allows. Mend the data (vir-hf data check --fix OUT.json) or "
+                "raise data.max_bad_fraction."
+            )
+
+
+def normalise_row(raw: Any, folder: ImageFolder | None, file: str, number: int) -> dict[str, Any] | BadRow:
+    """Return a raw row as `{"id", "messages", "images"}` with its images located in `folder`, or as a `BadRow`.
+
+    A row without an id is called by its number.
+    """
+    row_id = str(number)
+    reference: Any = None
+    try:
+        row_id = str(raw["id"]) if isinstance(raw, dict) and raw.get("id") not in (None, "") else row_id
+        row = _ordinary_row(raw) or to_messages(raw)
+        images = []
+        for reference in row["images"]:
+            images.append(_locate(reference, folder))
+        kind, detail = _text_problem(row, row_id)
+        if kind:
+            return BadRow(file, number, row_id, kind, detail)
+        return {"id": row_id, "messages": row["messages"], "images": images}
+    except ImageError as error:
+        missing = reference if error.kind == "image_missing" and isinstance(reference, str) else None
+        return BadRow(file, number, row_id, error.kind, str(error), missing)
+    except DataError:
+        kind, detail = next(
+            (found for found in row_problems(raw) if found[0] in FATAL_KINDS), ("bad_row", "cannot be read")
+        )
+        return BadRow(file, number, row_id, kind, f"{detail}. {PROBLEM_KINDS[kind]}")
+
+
+def _ordinary_row(raw: Any) -> dict[str, Any] | None:
+    """Return what `to_messages` returns for a row with nothing unusual about it, at a fifth of the time; else None.
+
+    Ordinary: questions and answers in turn, no answer empty, and for an image one `<image>` in one of the questions.
+    """
+    if type(raw) is not dict or "messages" in raw or "images" in raw:
+        return None
+    turns, image = raw.get("conversations"), raw.get("image")
+    if type(turns) is not list or not turns or len(turns) % 2 or not (image is None or (type(image) is str and image)):
+        return None
+    num_placeholders = 0
+    messages = []
+    for number, turn in enumerate(turns):
+        speaker, role = ("gpt", "assistant") if number % 2 else ("human", "user")
+        if type(turn) is not dict or turn.get("from") != speaker:
+            return None
+        text = turn.get("value")
+        if type(text) is not str or "role" in turn or "content" in turn:
+            return None
+        content = [{"type": "text", "text": text}]
+        if PLACEHOLDER in text:
+            before, _, after = text.partition(PLACEHOLDER)
+            num_placeholders += 1
+            if role == "assistant" or PLACEHOLDER in after:
+                return None
+            text = (before + after).strip()
+            content = [{"type": "image"}, {"type": "text", "text": text}] if text else [{"type": "image"}]
+        elif role == "assistant" and (not text or text.isspace()):
+            return None
+        messages.append({"role": role, "content": content})
+    if num_placeholders != (image is not None):
+        return None
+    return {"messages": messages, "images": [] if image is None else [image]}
+
+
+def _text_problem(row: dict[str, Any], row_id: str) -> tuple[str, str]:
+    """Return what keeps a row from being written or learned from as `(kind, detail)`, or two empty strings."""
+    is_supervised = False
+    try:
+        row_id.encode()
+        for message in row["messages"]:
+            for part in message["content"]:
+                text = part.get("text")
+                if text:
+                    text.encode()
+                    is_supervised |= message["role"] == "assistant" and not text.isspace()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start : error.end]
+        return "bad_row", f"the text holds half a character ({half!r}, one of a pair of surrogates). Remove it."
+    if not is_supervised:
+        return "nothing_supervised", f"no turn is an answer with text in it. {PROBLEM_KINDS['nothing_supervised']}"
+    return "", ""
+
+
+def _locate(reference: Any, folder: ImageFolder | None) -> dict[str, Any]:
+    if isinstance(reference, dict) and reference.get("bytes") is not None:
+        return {"bytes": reference["bytes"], "path": reference.get("path")}
+    if isinstance(reference, dict):
+        reference = reference.get("path")
+    if not isinstance(reference, str):
+        raise ImageError("image_missing", f"image {reference!r}: expected a file name.")
+    if folder is None:
+        raise ImageError(
+            "image_missing",
+            f"{reference}: the row names a file, but the data set brings no folder of them. Set data.image_folder.",
+        )
+    return {"bytes": None, "path": folder.locate(reference)}
