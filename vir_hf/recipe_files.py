@@ -169,21 +169,25 @@ def _key_override(override: Override, schema: recipe_keys.Schema) -> str:
         elif "${" not in value and value[:1] not in "'\"" and value != "null":
             # A path may hold spaces, commas and brackets, which Hydra's grammar would take apart.
             value = _quoted(value)
-    elif "str" in argument.kinds and value[0] not in "{[" and not _is_hydra_value(value):
+    elif not _is_hydra_value(value):
+        if "str" not in argument.kinds or value[0] in "{[":
+            raise RecipeError(
+                f"{override.text}: the value cannot be read. Write a list as '{override.key}=[A,B]', a mapping as "
+                f"'{override.key}={{NAME:VALUE}}', in quotes for the shell."
+            )
         value = _quoted(value)  # such as a regular expression for lora.target_modules
     return f"++{override.key}={value}"
 
 
 def _is_hydra_value(value: str) -> bool:
-    """Return whether Hydra's grammar can read what stands after the equals sign."""
+    """Return whether Hydra's grammar reads what stands after the equals sign as one value."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
     try:
-        OverridesParser.create().parse_override(f"key={value}")
+        return not OverridesParser.create().parse_override(f"key={value}").is_sweep_override()
     except HydraException:
         return False
-    return True
 
 
 def _quoted(text: str) -> str:
@@ -200,9 +204,11 @@ def _lay_out(
     """Return the folders Hydra searches, the file it starts from, and the options chosen for the groups."""
     groups = [override for override in overrides if override.is_group]
     typed = {override.key for override in overrides}
+    directories = recipe_directories(recipes_dir)
+    chosen = []
+    name = ""
     if recipe_file is not None:
-        content = read_yaml(recipe_file)
-        if "defaults" not in content:
+        if "defaults" not in read_yaml(recipe_file):
             if groups:
                 raise RecipeError(
                     f"{groups[0].text}: {recipe_file} stands alone, it takes no groups. Set keys instead, such as "
@@ -216,12 +222,7 @@ def _lay_out(
         (scratch / "experiment").mkdir()
         (scratch / "experiment" / "recipe_file.yaml").write_text(f"# @package _global_\n{text}", encoding="utf-8")
         name = recipe_file.stem
-        chosen = ["experiment=recipe_file"]
-        directories = [scratch, *recipe_directories(recipes_dir)]
-    else:
-        directories = recipe_directories(recipes_dir)
-        chosen = []
-        name = ""
+        chosen.append("experiment=recipe_file")
     for override in groups:
         option = _checked_option(override, recipes_dir)
         chosen.append(f"{override.key}={option}")
@@ -229,9 +230,10 @@ def _lay_out(
             name = option.rsplit("/", 1)[-1]
     if name and "experiment.name" not in typed:
         chosen.append(f"++experiment.name={_quoted(name)}")
-    for folder in directories[:-1]:
-        if (folder / "config.yaml").is_file():
-            read_yaml(folder / "config.yaml")
+    if recipe_file is not None or len(directories) > 1:
+        # Hydra looks for the file it starts from in the first folder only; it is always the package's own.
+        (scratch / "config.yaml").write_bytes((packaged_directory("recipes") / "config.yaml").read_bytes())
+        directories = [scratch, *directories]
     return directories, "config", chosen
 
 
