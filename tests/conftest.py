@@ -30,3 +30,11 @@ def tiny_parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("tiny")
     tiny.training_overrides(root, root / "out")
     return root
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run on the tiny parts: model, processor, recipe.yaml, metrics.json."""
+    import tiny_run
+
+    return tiny_run.train_run(tiny_parts, tmp_path_factory.mktemp("run"))

@@ -1,0 +1,283 @@
+"""`vir-hf answer`: one question about pictures, or a file of them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vir_hf.errors import DataError, RecipeError
+
+if TYPE_CHECKING:
+    from vir_hf.inference import Answerer, Prompt, Question
+
+_EPILOG = """\
+examples:
+  vir-hf answer outputs/my-run --image photo.jpg "What is on the table?"
+  vir-hf answer outputs/my-run --input rows.jsonl --image-folder images --output answers.jsonl
+
+A row of the input is {"id", "image", "question"} or a LLaVA row; of the latter the last question is answered, after the
+turns before it. Run again with the same output, it goes on where it stopped.
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Answer; return the exit code: 0 all answered, 1 some rows could not be, 2 a wrong call."""
+    parser = argparse.ArgumentParser(
+        prog="vir-hf answer",
+        description="Answer one question, or a file of them.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", help="a run's folder, a checkpoint, an adapter or a Hub id")
+    parser.add_argument("question", nargs="?", help="the question")
+    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; repeat for several")
+    parser.add_argument("--input", metavar="ROWS", help="a .jsonl or .json file of questions")
+    parser.add_argument("--output", metavar="FILE", help='where to write the answers, one {"id", "answer"} a line')
+    parser.add_argument(
+        "--image-folder", metavar="DIR", help="where the rows' pictures lie; beside the rows by default"
+    )
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="questions computed together (8)")
+    add_model_arguments(parser)
+    add_generation_arguments(parser)
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.input is None:
+        return _answer_one(arguments)
+    if arguments.question is not None or arguments.image or not arguments.output:
+        raise RecipeError("answer: --input goes with --output, and with neither a question nor --image.")
+    if arguments.batch_size < 1:
+        raise RecipeError(f"answer: --batch-size {arguments.batch_size}; expected at least 1.")
+    return _answer_file(arguments)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add how the model is loaded, the same for every command that talks to one."""
+    parser.add_argument("--adapter", metavar="A", help="an adapter to put on the model: a folder or a Hub id")
+    parser.add_argument("--load-in-4bit", action="store_true", help="NF4 weights, through bitsandbytes")
+    parser.add_argument("--device", default="auto", help="auto (the GPU if there is one), cpu, cuda, cuda:1 ...")
+
+
+def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add how an answer is made."""
+    parser.add_argument("--system", metavar="TEXT", help="a system prompt in place of the template's own")
+    parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="the longest answer (512)")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): the likeliest answer")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="with a temperature (1.0)")
+    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="cut an answer that takes longer")
+
+
+def generation_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the keyword arguments for `Answerer.answer`.
+
+    Raises:
+        RecipeError: a value out of its range.
+    """
+    if arguments.max_new_tokens < 1:
+        raise RecipeError(f"--max-new-tokens {arguments.max_new_tokens}; expected at least 1.")
+    if arguments.temperature < 0:
+        raise RecipeError(f"--temperature {arguments.temperature}; expected 0 or more.")
+    if not 0 < arguments.top_p <= 1:
+        raise RecipeError(f"--top-p {arguments.top_p}; expected a number above 0 and at most 1.")
+    return {
+        "max_new_tokens": arguments.max_new_tokens,
+        "temperature": arguments.temperature,
+        "top_p": arguments.top_p,
+        "timeout_seconds": arguments.timeout,
+    }
+
+
+def load_answerer(arguments: argparse.Namespace) -> Answerer:
+    """Return the model the arguments name, loaded; upstream's own progress bars are left out."""
+    from transformers.utils import logging
+
+    from vir_hf.inference import Answerer
+
+    logging.disable_progress_bar()
+    return Answerer.load(
+        arguments.model, adapter=arguments.adapter, load_in_4bit=arguments.load_in_4bit, device=arguments.device
+    )
+
+
+def check_pictures(paths: Iterable[str]) -> None:
+    """Open every picture, so that a wrong name is answered before a model is loaded.
+
+    Raises:
+        DataError: the first that cannot be opened.
+    """
+    from vir_hf.images import open_image
+
+    for path in paths:
+        open_image(path)
+
+
+def _answer_one(arguments: argparse.Namespace) -> int:
+    if arguments.output:
+        raise RecipeError("answer: --output goes with --input; a single answer is printed.")
+    if not (arguments.question or "").strip():
+        raise DataError(
+            'the question is empty; write it after the options: vir-hf answer MODEL --image F "What is this?"'
+        )
+    options = generation_options(arguments)
+    check_pictures(arguments.image)
+    answerer = load_answerer(arguments)
+    for piece in answerer.stream(arguments.image, arguments.question, arguments.system, **options):
+        print(piece, end="", flush=True)
+    print()
+    return 0
+
+
+def _answer_file(arguments: argparse.Namespace) -> int:
+    from tqdm.auto import tqdm
+
+    options = generation_options(arguments)
+    rows = read_questions(Path(arguments.input))
+    output = Path(arguments.output)
+    done = answered_ids(output)
+    pending = [row for row in rows if row["id"] not in done]
+    if done:
+        print(f"{len(rows) - len(pending)} of {len(rows)} are answered in {output} already", file=sys.stderr)
+    num_failed = 0
+    if pending:
+        folder = arguments.image_folder or str(Path(arguments.input).resolve().parent)
+        answerer = load_answerer(arguments)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        bar = tqdm(total=len(rows), initial=len(rows) - len(pending), unit="row", dynamic_ncols=True)
+        with bar, output.open("a", encoding="utf-8") as file:
+            for batch in _batches(pending, arguments.batch_size):
+                prompts, failures = _encode(answerer, batch, folder, arguments.system)
+                for failure in failures:
+                    bar.write(failure, file=sys.stderr)
+                num_failed += len(failures)
+                texts = answerer.answer_prompts([prompt for _, prompt in prompts], **options) if prompts else []
+                for (row, _), text in zip(prompts, texts, strict=True):
+                    file.write(json.dumps({"id": row["id"], "answer": text}, ensure_ascii=False) + "\n")
+                file.flush()
+                bar.update(len(batch))
+    print(f"{len(rows) - num_failed} of {len(rows)} answered, in {output}", file=sys.stderr)
+    if num_failed:
+        print(f"{num_failed} could not be; mend them and run the same command again", file=sys.stderr)
+    return 1 if num_failed else 0
+
+
+def _batches(rows: list[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+
+def _encode(
+    answerer: Answerer, rows: list[dict[str, Any]], folder: str, system: str | None
+) -> tuple[list[tuple[dict[str, Any], Prompt]], list[str]]:
+    """Return the rows that can be asked, and a line for each that cannot."""
+    prompts, failures = [], []
+    for row in rows:
+        try:
+            prompts.append((row, answerer.encode(row_question(row, folder, system))))
+        except DataError as error:
+            failures.append(f"error: id {row['id']!r}: {error}")
+    return prompts, failures
+
+
+def read_questions(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a `.jsonl` or `.json` file, each with an `id` (its number if it has none) that no other has.
+
+    Raises:
+        DataError: no such file, a line that is no object, an id that comes twice.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); expected a .jsonl or .json file of questions.") from error
+    is_list = text.lstrip().startswith("[")
+    rows: list[Any] = json_value(text, path) if is_list else []
+    if not is_list:
+        lines = enumerate(text.splitlines(), 1)
+        rows = [json_value(line, f"{path} line {number}") for number, line in lines if line.strip()]
+    seen: dict[str, int] = {}
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise DataError(f"{path} row {number}: found {type(row).__name__}, expected an object with a question.")
+        given = next((row[key] for key in ("id", "question_id") if row.get(key) not in (None, "")), number)
+        row["id"] = str(given)
+        if row["id"] in seen:
+            raise DataError(
+                f"{path}: id {row['id']!r} is that of row {seen[row['id']]} and of row {number}; answers are kept by id, so "
+                "give each row its own."
+            )
+        seen[row["id"]] = number
+    return rows
+
+
+def json_value(text: str, where: str | Path) -> Any:
+    """Return what a JSON text says; what is wrong with it is said with `where` in front."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: is not JSON ({error}); expected one object a line, or a list of objects.") from error
+
+
+def row_question(row: Mapping[str, Any], folder: str, system: str | None = None) -> Question:
+    """Return what a row asks: its `question` (or `text`), or the last human turn of a LLaVA row after the turns before it.
+
+    Raises:
+        DataError: no question in the row, or a picture outside the folder.
+    """
+    from vir_hf.conversations import to_messages
+    from vir_hf.images import open_image
+    from vir_hf.inference import Question
+
+    if row.get("conversations") is None and row.get("messages") is None:
+        text = row.get("question", row.get("text"))
+        if not isinstance(text, str):
+            raise DataError("the row has neither 'question' nor 'conversations'.")
+        row = {"id": row["id"], "images": row.get("images", row.get("image")), "conversations": [("human", text)]}
+        row["conversations"] = [{"from": role, "value": value} for role, value in row["conversations"]]
+    given = to_messages(row)
+    images = iter([open_image(image, folder) for image in given["images"]])
+    turns = [
+        {
+            **turn,
+            "content": [
+                {**part, "image": next(images)} if part["type"] == "image" else part for part in turn["content"]
+            ],
+        }
+        for turn in given["messages"]
+    ]
+    while turns and turns[-1]["role"] != "user":
+        turns.pop()
+    if not turns:
+        raise DataError("the row asks nothing: no turn is the human's.")
+    last = turns.pop()
+    own = [turn for turn in turns if turn["role"] == "system"]
+    return Question(
+        text="".join(part["text"] for part in last["content"] if part["type"] == "text"),
+        images=[part["image"] for part in last["content"] if part["type"] == "image"],
+        system=system or ("".join(part["text"] for part in own[0]["content"]) if own else None),
+        history=[turn for turn in turns if turn["role"] != "system"],
+    )
+
+
+def answered_ids(output: Path) -> set[str]:
+    """Return the ids an output file holds; a last line that was cut off in writing is removed from it.
+
+    Raises:
+        DataError: the file holds something else than answers.
+    """
+    if not output.exists():
+        return set()
+    data = output.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        with output.open("r+b") as file:
+            file.truncate(len(whole))
+    ids = set()
+    for number, line in enumerate(whole.decode("utf-8").splitlines(), 1):
+        try:
+            ids.add(str(json.loads(line)["id"]))
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{output} line {number}: is no answer; name another --output, or move this file."
+            ) from error
+    return ids

@@ -1,0 +1,289 @@
+"""Load once, then answer questions about pictures: whole, streamed or in batches.
+
+    answerer = Answerer.load("outputs/my-run")
+    answerer.answer(["photo.jpg"], "What is on the table?")
+    for piece in answerer.stream(["photo.jpg"], "And beside it?"):
+        print(piece, end="")
+
+The prompt is always the one of training: the template saved with the processor, tokenised as the rows were.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+
+from vir_hf.conversations import encode_prompt, stop_token_ids
+from vir_hf.errors import DataError, RecipeError
+from vir_hf.images import ImageSource
+from vir_hf.preprocessing import ImagePreprocessor
+
+MAX_NEW_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Question:
+    """One thing to answer.
+
+    Attributes:
+        text: the question; what looks like a special token in it stays text.
+        images: its pictures, shown before the text: whatever `vir_hf.open_image` takes.
+        system: replaces the template's own system prompt.
+        history: earlier turns, `{"role": "user" | "assistant", "content": str | list}`; a list holds
+            `{"type": "text", "text": str}` and `{"type": "image", "image": picture}`.
+    """
+
+    text: str
+    images: Sequence[ImageSource] = ()
+    system: str | None = None
+    history: Sequence[Mapping[str, Any]] = ()
+
+    def messages(self) -> list[dict[str, Any]]:
+        """Return the conversation up to and including this question; pictures lie in their parts."""
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        parts: list[dict[str, Any]] = [{"type": "image", "image": image} for image in self.images]
+        return [
+            *system,
+            *map(dict, self.history),
+            {"role": "user", "content": [*parts, {"type": "text", "text": self.text}]},
+        ]
+
+
+@dataclass
+class Prompt:
+    """A question as the model reads it: token ids, and `(3, height, width)` pixels of each picture."""
+
+    input_ids: list[int]
+    pixel_values: list[torch.Tensor] = field(default_factory=list)
+
+
+class Answerer:
+    """A model and its processor, ready to answer.
+
+    Args:
+        model: a `LlavaForCausalLM`, transformers' own class, or a PEFT model around one. It is put into eval mode, and
+            its sampling defaults are cleared: what `answer` is asked for decides.
+        processor: the `LlavaProcessor` saved with it.
+    """
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        self.model, self.processor = model.eval(), processor
+        self._preprocess = ImagePreprocessor(processor.image_processor, exact=True)
+        defaults = model.generation_config
+        defaults.do_sample, defaults.temperature, defaults.top_p, defaults.top_k = False, None, None, None
+        defaults.eos_token_id = _stops(processor, defaults)
+        defaults.pad_token_id = processor.tokenizer.pad_token_id
+
+    @classmethod
+    def load(
+        cls, name: str, *, adapter: str | None = None, load_in_4bit: bool = False, device: str = "auto"
+    ) -> Answerer:
+        """Return an answerer for a run's folder, an adapter, a checkpoint or a Hub id.
+
+        Args:
+            adapter: LoRA (and projector) to put on top of `name`.
+            load_in_4bit: NF4 weights of the language model, through bitsandbytes.
+            device: `auto` is the GPU if there is one.
+
+        Raises:
+            RecipeError: nothing that can be loaded lies there.
+        """
+        from vir_hf.loading import load_run
+
+        model, processor = load_run(
+            adapter or name,
+            base=name if adapter else None,
+            load_in_4bit=load_in_4bit,
+            device=None if device == "auto" else device,
+        )
+        return cls(model, processor)
+
+    @property
+    def context_length(self) -> int | None:
+        """How many tokens question and answer may take together; `None` if the model does not say."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    def encode(self, question: Question) -> Prompt:
+        """Return what the model reads.
+
+        Raises:
+            DataError: an empty question without a picture, a picture that cannot be opened, or a conversation longer
+                than the model's context.
+        """
+        if not question.text.strip() and not question.images:
+            raise DataError("the question is empty; write one, or attach a picture.")
+        messages = question.messages()
+        images = [part["image"] for turn in messages for part in _parts(turn) if part["type"] == "image"]
+        row = {"messages": messages, "images": [f"picture {number}" for number in range(1, len(images) + 1)]}
+        input_ids = encode_prompt(row, self.processor)
+        limit = self.context_length
+        if limit is not None and len(input_ids) >= limit:
+            raise DataError(
+                f"the conversation takes {len(input_ids)} tokens ({len(images)} pictures of "
+                f"{self.processor.num_image_tokens} among them); the model reads at most {limit}. Begin a new one, or send "
+                "fewer pictures."
+            )
+        return Prompt(input_ids, [self._preprocess(image) for image in images])
+
+    def answer(
+        self,
+        images: Sequence[ImageSource],
+        question: str,
+        system: str | None = None,
+        history: Sequence[Mapping[str, Any]] | None = None,
+        **generation: Any,
+    ) -> str:
+        """Return the answer to one question.
+
+        Args:
+            images: the pictures of this question; those of earlier turns stand in `history`.
+            generation: `max_new_tokens` (512), `temperature` (0: the likeliest token), `top_p`, `timeout_seconds`, and
+                anything else `transformers.GenerationConfig` takes.
+
+        Raises:
+            DataError: as `encode`.
+        """
+        return self.answer_batch([Question(question, images, system, history or ())], **generation)[0]
+
+    def answer_batch(self, questions: Sequence[Question], **generation: Any) -> list[str]:
+        """Return the answers to several questions, computed together; greedy ones equal those computed one by one."""
+        prompts = [self.encode(question) for question in questions]
+        return self.answer_prompts(prompts, **generation) if prompts else []
+
+    def answer_prompts(self, prompts: Sequence[Prompt], **generation: Any) -> list[str]:
+        """Return the answers to encoded questions; a batch too large for the GPU's memory is halved."""
+        try:
+            output = self._generate(prompts, threading.Event(), None, generation)
+        except torch.OutOfMemoryError:
+            if len(prompts) == 1:
+                raise
+            torch.cuda.empty_cache()
+            half = len(prompts) // 2
+            return [
+                text for part in (prompts[:half], prompts[half:]) for text in self.answer_prompts(part, **generation)
+            ]
+        start = max(len(prompt.input_ids) for prompt in prompts)
+        texts = self.processor.tokenizer.batch_decode(output[:, start:], skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    def stream(
+        self,
+        images: Sequence[ImageSource],
+        question: str,
+        system: str | None = None,
+        history: Sequence[Mapping[str, Any]] | None = None,
+        **generation: Any,
+    ) -> Iterator[str]:
+        """Yield the answer in pieces as they are made; closing the iterator stops the model after its current token.
+
+        Takes and raises what `answer` does; joined and stripped, the pieces are what it returns.
+        """
+        prompt = self.encode(Question(question, images, system, history or ()))
+        return self._stream(prompt, generation)
+
+    def _stream(self, prompt: Prompt, generation: dict[str, Any]) -> Iterator[str]:
+        stop = threading.Event()
+        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        failure: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                self._generate([prompt], stop, streamer, generation)
+            except BaseException as error:  # raised again in the reader's thread
+                failure.append(error)
+            finally:
+                streamer.end()
+
+        thread = threading.Thread(target=work, name="answer", daemon=True)
+        thread.start()
+        try:
+            is_first = True
+            for piece in streamer:
+                piece = piece.lstrip() if is_first else piece
+                if piece:
+                    is_first = False
+                    yield piece
+        finally:
+            stop.set()
+            thread.join()
+        if failure:
+            raise failure[0]
+
+    @torch.inference_mode()
+    def _generate(
+        self, prompts: Sequence[Prompt], stop: threading.Event, streamer: Any, generation: dict[str, Any]
+    ) -> torch.Tensor:
+        options = {"max_new_tokens": MAX_NEW_TOKENS, **generation}
+        timeout_seconds = options.pop("timeout_seconds", None)
+        longest = max(len(prompt.input_ids) for prompt in prompts)
+        if self.context_length is not None:
+            options["max_new_tokens"] = min(options["max_new_tokens"], self.context_length - longest)
+        temperature = options.pop("temperature", 0) or 0
+        if temperature > 0:
+            options.update(do_sample=True, temperature=float(temperature))
+        else:
+            options.pop("top_p", None)
+        device = self.model.get_input_embeddings().weight.device
+        pad = self.processor.tokenizer.pad_token_id or 0
+        rows = [prompt.input_ids for prompt in prompts]
+        inputs: dict[str, Any] = {
+            "input_ids": torch.tensor([[pad] * (longest - len(ids)) + ids for ids in rows], device=device),
+            "attention_mask": torch.tensor(
+                [[0] * (longest - len(ids)) + [1] * len(ids) for ids in rows], device=device
+            ),
+        }
+        pixels = [pixel for prompt in prompts for pixel in prompt.pixel_values]
+        if pixels:
+            inputs["pixel_values"] = torch.stack(pixels).to(device, self._pixel_dtype())
+        limits = StoppingCriteriaList([_StopWhen(stop, timeout_seconds)])
+        output: torch.Tensor = self.model.generate(**inputs, streamer=streamer, stopping_criteria=limits, **options)
+        return output
+
+    def _pixel_dtype(self) -> torch.dtype:
+        tower = self.model.get_submodule(_tower_name(self.model))
+        return next(parameter.dtype for parameter in tower.parameters() if parameter.is_floating_point())
+
+    def view(self, image: ImageSource) -> Image.Image:
+        """Return the picture as the vision tower sees it: padded or cropped, resized, in 8-bit RGB."""
+        wanted = self.processor.image_processor
+        pixels = self._preprocess(image)
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (wanted.image_mean, wanted.image_std))
+        bytes_ = ((pixels * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
+        return Image.fromarray(bytes_.permute(1, 2, 0).contiguous().numpy())
+
+
+class _StopWhen(StoppingCriteria):
+    """Ends every answer of the batch when asked to, or after a time."""
+
+    def __init__(self, stop: threading.Event, timeout_seconds: float | None) -> None:
+        self.stop = stop
+        self.deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        is_over = self.stop.is_set() or (self.deadline is not None and time.monotonic() >= self.deadline)
+        return torch.full((input_ids.shape[0],), is_over, dtype=torch.bool, device=input_ids.device)
+
+
+def _parts(turn: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    content = turn["content"]
+    return [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+
+
+def _stops(processor: Any, defaults: GenerationConfig) -> list[int]:
+    own = defaults.eos_token_id
+    own_ids = [] if own is None else [own] if isinstance(own, int) else list(own)
+    return list(dict.fromkeys([*stop_token_ids(processor), *own_ids]))
+
+
+def _tower_name(model: Any) -> str:
+    for name, _ in model.named_modules():
+        if name.endswith("vision_tower"):
+            return str(name)
+    raise RecipeError(f"{type(model).__name__} has no vision_tower; expected a LLaVA model.")
