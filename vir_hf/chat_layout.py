@@ -10,7 +10,7 @@ import logging
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jinja2.exceptions import TemplateError
@@ -44,10 +44,11 @@ class _Skeleton:
     """A shape, rendered with sentinels: `literals[0] slots[0] literals[1] slots[1] ... literals[-1]`."""
 
     shape: Shape
+    prompt: bool
     literals: list[str]
     slots: list[int]
     starts: dict[int, int]  # slot of an answer -> where, in the literal before it, its author begins to write
-    pieces: list[Piece]
+    pieces: list[Piece] = field(default_factory=list)
 
 
 @dataclass
@@ -63,8 +64,10 @@ class ChatLayout:
     prepends_bos: bool  # transformers' processor puts BOS before what this template renders
     generation_prompt: str = ""
     closing: str | None = None  # the special token after an answer
+    end_id: int | None = None  # the id that ends an answer: of `closing`, else EOS
     specials_pattern: re.Pattern[str] | None = None
-    _skeletons: dict[Shape, _Skeleton] = field(default_factory=dict)
+    guard: list[int] = field(default_factory=list)  # ids of a newline put before a cut text, to be dropped again
+    _skeletons: dict[tuple[Shape, bool], _Skeleton] = field(default_factory=dict)
 
     @classmethod
     def of(cls, tokenizer: Any, template: str, chat_template: str, image_token: str) -> ChatLayout:
@@ -87,6 +90,7 @@ class ChatLayout:
         # A look-ahead, so that specials which overlap are all found. One letter cannot be broken.
         words = "|".join(re.escape(token) for token in specials if len(token) > 1)
         layout.specials_pattern = re.compile(f"(?=({words}))") if words else None
+        layout.guard = _guard(tokenizer, image_token)
         turn: Shape = (("user", ("text",)), ("assistant", ("text",)))
         try:
             asked, answered = layout._render(tokenizer, turn[:1]), layout._render(tokenizer, turn)
@@ -99,6 +103,8 @@ class ChatLayout:
             layout.prepends_bos = False
         layout.generation_prompt = prompted[len(asked) :] if prompted.startswith(asked) else ""
         layout.closing = layout._special_at(_SENTINEL.split(answered)[-1])[1]
+        end = layout.closing or layout.eos_token
+        layout.end_id = tokenizer.convert_tokens_to_ids(end) if end and template != "plain" else None
         return layout
 
     def pieces(self, tokenizer: Any, messages: list[dict[str, Any]], prompt: bool = False) -> list[Piece]:
@@ -114,35 +120,27 @@ class ChatLayout:
         """
         shape = _shape_of(messages)
         texts = [part["text"] for message in messages for part in message["content"] if part.get("text")]
-        skeleton = self._skeletons.get(shape)
+        skeleton = self._skeletons.get((shape, prompt))
         if skeleton is None:
             if len(self._skeletons) >= 4096:
                 self._skeletons.clear()
-            skeleton = self._skeletons[shape] = self._skeleton(tokenizer, shape)
+            skeleton = self._skeletons[shape, prompt] = self._skeleton(tokenizer, shape, prompt)
         pieces = skeleton.pieces
         if self.reads_contents:
-            rendered = self._render_messages(tokenizer, messages)
+            rendered = self._render_messages(tokenizer, messages, prompt)
             if rendered != _join(skeleton.literals, [texts[slot] for slot in skeleton.slots]):
-                pieces, texts = self._read_again(tokenizer, messages, skeleton, texts, rendered)
-        filled = [
+                pieces, texts = self._read_again(tokenizer, skeleton, texts, rendered)
+        return [
             Piece(texts[piece.slot], is_data=True, answer=piece.answer) if piece.slot >= 0 else piece
             for piece in pieces
         ]
-        return filled + self._prompt_pieces(tokenizer, shape, skeleton) if prompt else filled
-
-    def _prompt_pieces(self, tokenizer: Any, shape: Shape, skeleton: _Skeleton) -> list[Piece]:
-        prompted = self._render(tokenizer, shape, prompt=True)
-        plain = _join(skeleton.literals, [f"\ue000{slot}\ue001" for slot in skeleton.slots])
-        if not prompted.startswith(plain):
-            raise DataError(f"the chat template writes its generation prompt in the middle. {_OTHER_TEMPLATE}.")
-        return [Piece(prompted[len(plain) :])]
 
     def _render(self, tokenizer: Any, shape: Shape, prompt: bool = False) -> str:
         return render(tokenizer, self.chat_template, _with_sentinels(shape), prompt)
 
-    def _render_messages(self, tokenizer: Any, messages: list[dict[str, Any]]) -> str:
+    def _render_messages(self, tokenizer: Any, messages: list[dict[str, Any]], prompt: bool) -> str:
         try:
-            return render(tokenizer, self.chat_template, messages)
+            return render(tokenizer, self.chat_template, messages, prompt)
         except _RENDER_ERRORS as error:
             roles = [message["role"] for message in messages]
             raise DataError(
@@ -150,8 +148,8 @@ class ChatLayout:
                 f"{_OTHER_TEMPLATE} or change the order of the turns."
             ) from error
 
-    def _skeleton(self, tokenizer: Any, shape: Shape) -> _Skeleton:
-        parts = _SENTINEL.split(self._render_messages(tokenizer, _with_sentinels(shape)))
+    def _skeleton(self, tokenizer: Any, shape: Shape, prompt: bool) -> _Skeleton:
+        parts = _SENTINEL.split(self._render_messages(tokenizer, _with_sentinels(shape), prompt))
         literals, slots = parts[0::2], [int(slot) for slot in parts[1::2]]
         owners = _owners(shape)
         if [slot for slot in slots if shape[owners[slot]][0] == "assistant"] != [
@@ -172,7 +170,8 @@ class ChatLayout:
             for slot, literal in zip(slots, literals, strict=False)
             if shape[owners[slot]][0] == "assistant"
         }
-        return _Skeleton(shape, literals, slots, starts, self._cut(shape, literals, slots, starts))
+        skeleton = _Skeleton(shape, prompt, literals, slots, starts)
+        return replace(skeleton, pieces=self._cut(skeleton, literals))
 
     def _answer_start(self, tokenizer: Any, asked: Shape, literal: str) -> int:
         """Return where, in the text before an answer, the prompt of inference ends and the model begins to write."""
@@ -185,14 +184,15 @@ class ChatLayout:
         same = len(os.path.commonprefix([tail, literal]))
         return same if self.generation_prompt else max(same, bare)
 
-    def _cut(self, shape: Shape, literals: list[str], slots: list[int], starts: dict[int, int]) -> list[Piece]:
-        owners = _owners(shape)
+    def _cut(self, skeleton: _Skeleton, literals: list[str]) -> list[Piece]:
+        slots, starts, owners = skeleton.slots, skeleton.starts, _owners(skeleton.shape)
+        last = -1 if skeleton.prompt else len(skeleton.shape) - 1
         pieces: list[Piece] = []
         for index, literal in enumerate(literals):
             closed, before, after = 0, slots[index - 1] if index else -1, slots[index] if index < len(slots) else -1
             if before in starts:
                 closed = self._closing_length(literal)
-                if not closed and self.closing is None and owners[before] == len(shape) - 1 and self.eos_token:
+                if not closed and self.closing is None and owners[before] == last and self.eos_token:
                     # The template ends a turn with nothing a model could stop at, so the last turn ends with EOS.
                     pieces.append(Piece(self.eos_token, answer=owners[before]))
                     break
@@ -219,14 +219,14 @@ class ChatLayout:
         return (len(text) - len(bare) + len(token), token) if token else (0, None)
 
     def _read_again(
-        self, tokenizer: Any, messages: list[dict[str, Any]], skeleton: _Skeleton, texts: list[str], rendered: str
+        self, tokenizer: Any, skeleton: _Skeleton, texts: list[str], rendered: str
     ) -> tuple[list[Piece], list[str]]:
         """Return pieces and texts as a template that looks at texts writes them: each text is rendered among sentinels."""
         shape, slots = skeleton.shape, skeleton.slots
         literals, texts, changed = list(skeleton.literals), list(texts), True
         for index, slot in enumerate(slots):
             alone = _with_sentinels(shape, real={slot: texts[slot]})
-            parts = _SENTINEL.split(self._render_messages(tokenizer, alone))
+            parts = _SENTINEL.split(self._render_messages(tokenizer, alone, skeleton.prompt))
             before, after = skeleton.literals[index], skeleton.literals[index + 1]
             if [int(other) for other in parts[1::2]] != slots[:index] + slots[index + 1 :]:
                 changed = False
@@ -242,7 +242,22 @@ class ChatLayout:
             raise DataError(
                 f"the chat template rewrites this conversation so that its answers cannot be told apart. {_OTHER_TEMPLATE}."
             )
-        return self._cut(shape, literals, slots, skeleton.starts), texts
+        return self._cut(skeleton, literals), texts
+
+
+def _guard(tokenizer: Any, image_token: str) -> list[int]:
+    """Return the ids of a newline if the tokenizer puts a space before any text that follows a special token.
+
+    A newline before the text takes that space upon itself. Elsewhere nothing is returned, and none is needed.
+    """
+
+    def ids(text: str) -> list[int]:
+        return list(tokenizer(image_token + text, add_special_tokens=False)["input_ids"][1:])
+
+    newline = ids("\n")
+    adds_space = ids("\na") != newline + ids("a")
+    stands_alone = all(ids("\n" + text)[: len(newline)] == newline for text in ("a", "\n", " ", "1", "."))
+    return newline if adds_space and stands_alone else []
 
 
 def _shape_of(messages: Sequence[dict[str, Any]]) -> Shape:

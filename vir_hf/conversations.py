@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -52,6 +53,8 @@ def to_messages(row: Any, *, where: str = "") -> dict[str, Any]:
         _put_images_first(messages, len(images))
     for message in messages:
         message["content"] = _tidy(message["content"])
+        if message["role"] == "assistant" and not _text(message["content"]).strip():
+            message["content"] = [{"type": "text", "text": ""}]
     return {"id": str(row["id"]) if row.get("id") is not None else "", "messages": messages, "images": images}
 
 
@@ -97,7 +100,7 @@ def _order_oddities(roles: list[str]) -> Iterator[str]:
 
 
 def _place(row: Any, where: str) -> str:
-    name = f"id {row['id']!r}" if isinstance(row, Mapping) and row.get("id") else ""
+    name = f"id {row['id']!r}" if isinstance(row, Mapping) and row.get("id") not in (None, "") else ""
     place = ", ".join(filter(None, (where, name)))
     return f"{place}: " if place else ""
 
@@ -277,7 +280,7 @@ def _fit(
     answered = list(encoded.ends)
     if len(encoded.input_ids) > max_length:
         fitting = [number for number in answered if encoded.ends[number] <= max_length]
-        for number in reversed(fitting or answered[:1]):
+        for number in dict.fromkeys([*reversed(fitting), answered[0]]):
             messages = messages[: number + 1]
             encoded = _encode(messages, processor, expand_images)
             if encoded.ends[number] <= max_length:
@@ -295,19 +298,81 @@ def _fit(
     return {"input_ids": input_ids, "labels": labels, "num_images": num_images}
 
 
+def encode_prompt(row: Any, processor: Any, expand_images: bool = True, *, where: str = "") -> list[int]:
+    """Return the ids to send to `generate`: the conversation, then the template's invitation to answer.
+
+    For the turns before an answer these are exactly the ids that stand before that answer in training. The images are
+    `to_messages(row)["images"]`, in order. Raises `DataError` as `encode_row` does, but needs no answer.
+    """
+    row = to_messages(row, where=where)
+    try:
+        return _encode(row["messages"], processor, expand_images, prompt=True).input_ids
+    except DataError as error:
+        raise DataError(f"{_place(row, where)}{error}") from error
+
+
+class RowLength(NamedTuple):
+    """How long a row is, known without opening an image; images count as `num_image_tokens` each."""
+
+    num_tokens: int
+    num_prefix_tokens: int  # before the first supervised one
+    num_supervised_tokens: int
+    num_images: int
+
+
+def row_length(row: Any, processor: Any, *, max_length: int | None = None, where: str = "") -> RowLength:
+    """Return how many tokens `encode_row` would give. Raises `DataError` as it does."""
+    encoded = encode_row(row, processor, max_length=max_length, where=where)
+    spans = supervised_spans(encoded)
+    num_images = encoded["input_ids"].count(processor.image_token_id) // processor.num_image_tokens
+    return RowLength(
+        num_tokens=len(encoded["input_ids"]),
+        num_prefix_tokens=spans[0][0],
+        num_supervised_tokens=sum(end - start for start, end in spans),
+        num_images=num_images,
+    )
+
+
+def supervised_spans(encoded: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Return `(start, end)` of every run of learned ids in what `encode_row` returned."""
+    learned = [False, *(label != IGNORE for label in encoded["labels"]), False]
+    edges = [index for index in range(len(learned) - 1) if learned[index] != learned[index + 1]]
+    return list(zip(edges[0::2], edges[1::2], strict=True))
+
+
+def stop_token_ids(processor: Any) -> list[int]:
+    """Return the ids at which generation must stop: what closes an answer in training, and EOS."""
+    tokenizer, closing = processor.tokenizer, _layout(processor).closing
+    ids = [tokenizer.convert_tokens_to_ids(closing)] if closing else []
+    return list(dict.fromkeys(i for i in [*ids, tokenizer.eos_token_id] if i is not None))
+
+
 class _Encoded(NamedTuple):
     input_ids: list[int]
     labels: list[int]
     ends: dict[int, int]  # number of an answered message -> how many ids there are up to the end of its turn
 
 
+class _Chunk(NamedTuple):
+    """Text that is tokenised on its own, so that no token reaches across its ends."""
+
+    text: str
+    answer: int  # the number of the message that learns it, or -1
+    is_closed: bool = False  # the answer ends inside, at the end-of-turn token; what follows is not learned
+    shows_image: bool = False  # an image stands before it
+
+
 def _encode(messages: list[dict[str, Any]], processor: Any, expand_images: bool, prompt: bool = False) -> _Encoded:
     tokenizer, separator = processor.tokenizer, processor.image_token_id
     layout = _layout(processor)
-    chunks, answers, shows_image = _chunks(layout, layout.pieces(tokenizer, messages, prompt))
+    chunks = _chunks(layout, layout.pieces(tokenizer, messages, prompt))
     # The image token stands between all chunks: at images, and as a cut where tokens must not grow together. A special
     # token keeps its neighbours apart, and no text begins anew after it, so one call tokenises the whole row.
-    text = layout.image_token.join(chunks)
+    guards = [bool(layout.guard) and _needs_guard(layout, before, chunk) for before, chunk in pairwise(chunks)]
+    text = chunks[0].text + "".join(
+        layout.image_token + ("\n" if guard else "") + chunk.text
+        for guard, chunk in zip(guards, chunks[1:], strict=True)
+    )
     ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     if ids.count(separator) != len(chunks) - 1:
         raise DataError(
@@ -319,18 +384,26 @@ def _encode(messages: list[dict[str, Any]], processor: Any, expand_images: bool,
     labels = [IGNORE] * len(input_ids)
     ends: dict[int, int] = {}
     start = 0
-    for number, answer in enumerate(answers):
-        if shows_image[number]:
+    for chunk, guard in zip(chunks, [False, *guards], strict=True):
+        if chunk.shows_image:
             input_ids += image_ids
             labels += [IGNORE] * len(image_ids)
-        end = ids.index(separator, start) if number < len(chunks) - 1 else len(ids)
+        start += len(layout.guard) if guard else 0
+        end = ids.index(separator, start) if chunk is not chunks[-1] else len(ids)
         input_ids += ids[start:end]
-        labels += ids[start:end] if answer >= 0 else [IGNORE] * (end - start)
-        if answer >= 0:
-            ends[answer] = len(labels)
+        if chunk.answer >= 0:
+            closed = ids.index(layout.end_id, start, end) + 1 if chunk.is_closed else end
+            labels += ids[start:closed]
+            ends[chunk.answer] = len(labels)
+        labels += [IGNORE] * (len(input_ids) - len(labels))
         start = end + 1
     labels[:1] = [IGNORE] * len(labels[:1])  # nothing predicts the first token
     return _Encoded(input_ids, labels, ends)
+
+
+def _needs_guard(layout: ChatLayout, before: _Chunk, chunk: _Chunk) -> bool:
+    """Return whether the tokenizer would put a space before this chunk that the whole text has not."""
+    return not chunk.shows_image and bool(before.text) and not before.text.endswith(tuple(layout.specials))
 
 
 _LAYOUTS: WeakKeyDictionary[Any, dict[tuple[Any, ...], ChatLayout]] = WeakKeyDictionary()
@@ -347,22 +420,24 @@ def _layout(processor: Any) -> ChatLayout:
     return layouts[key]
 
 
-def _chunks(layout: ChatLayout, pieces: list[Piece]) -> tuple[list[str], list[int], list[bool]]:
-    """Return texts to tokenise apart, the answer that learns each (or -1), and whether an image stands before each."""
-    chunks, answers, shows_image = [""], [-1], [False]
-    pattern = layout.specials_pattern
+def _chunks(layout: ChatLayout, pieces: list[Piece]) -> list[_Chunk]:
+    chunks = [_Chunk("", -1)]
+    pattern, end_token = layout.specials_pattern, layout.closing or layout.eos_token
     for piece in pieces:
+        last = chunks[-1]
         texts = [piece.text]
         if piece.is_data and pattern is not None and pattern.search(piece.text):
             # What the tokenizer would take for a special token is broken after its first letter, so that it stays text.
             cuts = [match.start() + 1 for match in pattern.finditer(piece.text)]
             texts = [piece.text[start:end] for start, end in zip([0, *cuts], [*cuts, None], strict=True)]
-        if piece.is_image or piece.answer != answers[-1]:
-            chunks.append("")
-            answers.append(piece.answer)
-            shows_image.append(piece.is_image)
-        chunks[-1] += texts[0]
-        chunks += texts[1:]
-        answers += [piece.answer] * (len(texts) - 1)
-        shows_image += [False] * (len(texts) - 1)
-    return chunks, answers, shows_image
+        if piece.is_image:
+            chunks.append(_Chunk("", -1, shows_image=True))
+        elif last.answer == piece.answer or last.is_closed and piece.answer < 0:
+            chunks[-1] = last._replace(text=last.text + texts[0])
+        elif piece.answer < 0 and layout.end_id is not None and end_token and last.text.endswith(end_token):
+            # What follows the end of a turn is tokenised with it: some tokens take the white space after them.
+            chunks[-1] = last._replace(text=last.text + texts[0], is_closed=True)
+        else:
+            chunks.append(_Chunk(texts[0], piece.answer))
+        chunks += [_Chunk(text, piece.answer) for text in texts[1:]]
+    return chunks

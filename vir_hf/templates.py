@@ -85,7 +85,10 @@ TEMPLATES: dict[str, str] = {
         {%- set vir.open = true -%}
     {%- endif -%}
     {%- set vir.system = '' -%}
-{%- endfor -%}""",
+{%- endfor -%}
+{%- if add_generation_prompt and messages | length == (1 if given else 0) -%}
+    {{- '[INST] ' + vir.system + ' [/INST]' -}}
+{%- endif -%}""",
     "llama_3": _SYSTEM.replace(
         "DEFAULT",
         "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
@@ -149,19 +152,28 @@ def prepare_tokenizer(tokenizer: Any, template: str = "vicuna_v1", image_token: 
     known = tokenizer.added_tokens_encoder.get(image_token)
     if known is None or not tokenizer.added_tokens_decoder[known].special:
         tokenizer.add_tokens([image_token], special_tokens=True)
-    if template in _LLAMA_2_STYLE and getattr(tokenizer, "is_fast", False):
+    if template in _LLAMA_2_STYLE:
         _leave_special_tokens_bare(tokenizer)
     return tokenizer
 
 
 def _leave_special_tokens_bare(tokenizer: Any) -> None:
-    backend = tokenizer.backend_tokenizer
-    metaspace = backend.pre_tokenizer
-    if type(metaspace).__name__ == "Metaspace" and metaspace.prepend_scheme == "always":
-        metaspace.prepend_scheme = "first"
-        backend.pre_tokenizer = metaspace
+    """Set a SentencePiece-like tokenizer to put its space only before a text, not after a special token too."""
     if hasattr(tokenizer, "legacy"):
-        tokenizer.legacy = False
+        tokenizer.legacy = False  # or save_pretrained and from_pretrained would disagree
+    if not getattr(tokenizer, "is_fast", False):
+        return
+    from tokenizers.pre_tokenizers import Metaspace
+
+    backend = tokenizer.backend_tokenizer
+    splitter = backend.pre_tokenizer
+    if isinstance(splitter, Metaspace) and splitter.prepend_scheme == "always":
+        backend.pre_tokenizer = Metaspace(splitter.replacement, prepend_scheme="first", split=splitter.split)
+    elif splitter is None and backend.normalizer is not None:
+        steps = json.loads(backend.normalizer.__getstate__()).get("normalizers", [])
+        if [step["type"] for step in steps] == ["Prepend", "Replace"]:  # how Llama-2's tokenizer.json says "always"
+            backend.normalizer = None
+            backend.pre_tokenizer = Metaspace(steps[0]["prepend"], prepend_scheme="first", split=False)
 
 
 def chat_template_for(template: str, tokenizer: Any, image_token: str = "<image>") -> str:
@@ -238,6 +250,7 @@ def _own_template(tokenizer: Any) -> str:
 def special_tokens(tokenizer: Any) -> list[str]:
     """Return the texts that the tokenizer reads as one special token, longest first."""
     tokens = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    tokens |= set(tokenizer.all_special_tokens)  # EOS of some tokenizers is not marked as special
     return sorted(tokens, key=lambda token: (-len(token), token))
 
 
