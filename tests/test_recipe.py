@@ -54,7 +54,9 @@ def test_every_experiment_loads_and_says_what_it_is(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name != "quickstart"])
 def test_an_experiment_without_data_says_what_to_type(name: str) -> None:
-    with pytest.raises(RecipeError, match=r"data\.data_path: is not set\. Add data\.data_path=ROWS\.json \(a LLaVA JSON file\)"):
+    with pytest.raises(
+        RecipeError, match=r"data\.data_path: is not set\. Add data\.data_path=ROWS\.json \(a LLaVA JSON file\)"
+    ):
         load_recipe([f"experiment={name}"])
     assert load_recipe([f"experiment={name}"], require_data=False).data.data_path is None
 
@@ -143,14 +145,26 @@ def test_a_whole_number_may_be_written_as_1e3() -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["/a b/c.json", "rows,(1).json", "it's.json", "C:\\rows\\", "[x].json", "a=b.json", "2024", "zip://in::/a.zip", "~/r.json"],
+    [
+        "/a b/c.json",
+        "rows,(1).json",
+        "it's.json",
+        "C:\\rows\\",
+        "[x].json",
+        "a=b.json",
+        "2024",
+        "zip://in::/a.zip",
+        "~/r.json",
+    ],
 )
 def test_a_path_is_taken_as_it_stands(path: str) -> None:
     assert load(f"data.data_path={path}").data.data_path == path
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(name=st.text(st.characters(min_codepoint=32, exclude_categories=("Cs", "Cc", "Zl", "Zp")), min_size=1, max_size=30))
+@given(
+    name=st.text(st.characters(min_codepoint=32, exclude_categories=("Cs", "Cc", "Zl", "Zp")), min_size=1, max_size=30)
+)
 def test_any_file_name_survives_the_command_line_and_the_saved_recipe(name: str, tmp_path: Path) -> None:
     path = f"rows/{name}"
     if "${" in path:
@@ -183,7 +197,10 @@ def test_references_work_also_to_keys_left_at_their_default() -> None:
 
 def test_sources_are_typed() -> None:
     recipe = load_recipe(
-        ["experiment=local_lite", "data.sources=[{path: a.json, weight: 2}, {path: b.json, num_rows: 10, name: b}, c.json]"]
+        [
+            "experiment=local_lite",
+            "data.sources=[{path: a.json, weight: 2}, {path: b.json, num_rows: 10, name: b}, c.json]",
+        ]
     )
     assert recipe.data.sources is not None
     assert [(s.path, s.weight, s.num_rows, s.name) for s in recipe.data.sources] == [
@@ -396,7 +413,11 @@ def test_what_makes_no_sense_for_pictures_is_refused_with_the_reason(override: s
             "to null",
         ),
         (["training.max_tokens_per_batch=100"], "training.max_tokens_per_batch", "training.max_length"),
-        (["training.max_tokens_per_batch=8192", "training.padding_free=false"], "max_tokens_per_batch", "padding_free=true"),
+        (
+            ["training.max_tokens_per_batch=8192", "training.padding_free=false"],
+            "max_tokens_per_batch",
+            "padding_free=true",
+        ),
         (["training.padding_free=false", "training.share_prefixes=true"], "training.share_prefixes", "=false"),
         (["training.bf16=true", "training.fp16=true"], "training.fp16", "Keep one"),
         (["training.max_steps=0"], "training.max_steps", "-1"),
@@ -465,7 +486,9 @@ def test_a_saved_recipe_loads_to_the_same(name: str, tmp_path: Path) -> None:
 
 def test_a_saved_recipe_takes_keys_but_no_groups(tmp_path: Path) -> None:
     load().save(tmp_path / "recipe.yaml")
-    changed = load_recipe(["training.learning_rate=1e-4", "model.load_in_4bit=false"], recipe_file=tmp_path / "recipe.yaml")
+    changed = load_recipe(
+        ["training.learning_rate=1e-4", "model.load_in_4bit=false"], recipe_file=tmp_path / "recipe.yaml"
+    )
     assert changed.training.learning_rate == 1e-4 and changed.quantization.bits is None
     with pytest.raises(RecipeError, match=r"quantization=none: .* stands alone"):
         load_recipe(["quantization=none"], recipe_file=tmp_path / "recipe.yaml")
@@ -516,7 +539,9 @@ def test_recipes_of_ones_own_are_found(
 def test_a_mistake_in_a_recipe_of_ones_own_is_found(tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "typo.yaml").write_text("# @package _global_\ntraining: {lerning_rate: 1}\n")
-    with pytest.raises(RecipeError, match=r"training\.lerning_rate: unknown key\. Did you mean training\.learning_rate"):
+    with pytest.raises(
+        RecipeError, match=r"training\.lerning_rate: unknown key\. Did you mean training\.learning_rate"
+    ):
         load_recipe(["experiment=typo"], recipes_dir=tmp_path)
 
 
@@ -534,7 +559,9 @@ def test_loading_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Monke
 def test_flags_and_overrides_stand_in_any_order(tmp_path: Path) -> None:
     load().save(tmp_path / "recipe.yaml")
     parser = RecipeArgumentParser(prog="vir-hf train")
-    arguments = parser.parse_args(["training.seed=1", "--recipe", str(tmp_path / "recipe.yaml"), "training.max_steps=2"])
+    arguments = parser.parse_args(
+        ["training.seed=1", "--recipe", str(tmp_path / "recipe.yaml"), "training.max_steps=2"]
+    )
     recipe = recipe_from(arguments)
     assert (recipe.training.seed, recipe.training.max_steps) == (1, 2)
 

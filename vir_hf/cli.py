@@ -73,7 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(load: Callable[[], Callable[[list[str]], int]], argv: list[str]) -> int:
     """Call a command's function; what the user can mend becomes one line on stderr, without a traceback."""
     try:
-        return load()(argv)
+        code = load()(argv)
+        sys.stdout.flush()  # so that a reader who has gone away is noticed here, not while Python shuts down
+        return code
     except (RecipeError, DataError) as error:
         return fail(str(error))
     except KeyboardInterrupt:
