@@ -303,8 +303,10 @@ class LlavaForCausalLM(LlavaForConditionalGeneration):
     """
 
     def __init__(self, config: NativeLlavaConfig):
-        super().__init__(config)
+        # Not the parent's own __init__, which would build and drop a whole model of the native class first.
+        super(LlavaForConditionalGeneration, self).__init__(config)
         self.model = LlavaModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
     @classmethod
