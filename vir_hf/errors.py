@@ -21,3 +21,7 @@ class ImageError(DataError):
 
     def __str__(self) -> str:
         return self.message
+
+
+class RunError(RuntimeError):
+    """A run that could not go on: a full disk, bad numbers, no memory. The message says what is left and what to do."""

@@ -264,6 +264,8 @@ class StepLoader(DataLoader[Any]):
             StepDataset(rows),
             batch_sampler=sampler,  # type: ignore[arg-type]
             collate_fn=StepCollator(collator),
+            # Its own: a loader draws a number whenever it starts, and a resumed run starts it at other times.
+            generator=torch.Generator().manual_seed(0),
             **kwargs,
         )
 

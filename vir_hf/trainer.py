@@ -7,18 +7,28 @@ depend on how many micro-batches or ranks compute it, and so that the position i
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import DistributedType
 from torch import nn
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_callback import ExportableState
 from trl import SFTConfig, SFTTrainer
 
+from vir_hf import checkpoints, resume
+from vir_hf.errors import RunError
 from vir_hf.sampling import StepLoader, StepSampler
+
+if TYPE_CHECKING:
+    from vir_hf.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +84,8 @@ class LlavaTrainer(SFTTrainer):
         step_sampler: plans every optimizer step of this rank.
         parameter_groups: makes the optimizer's groups of a model; all trainable weights at one rate if `None`.
         supervised_positions_only: score only positions with a label, on the CPU too.
+        recipe: written into every checkpoint.
+        identity: what `resume.identify` returned, written into every checkpoint.
     """
 
     def __init__(
@@ -82,9 +94,15 @@ class LlavaTrainer(SFTTrainer):
         step_sampler: StepSampler,
         parameter_groups: Callable[[nn.Module], list[dict[str, Any]]] | None = None,
         supervised_positions_only: bool = True,
+        recipe: Recipe | None = None,
+        identity: dict[str, Any] | None = None,
         **kwargs: Any,
     ):
         self.step_sampler = step_sampler
+        self.recipe, self.identity = recipe, identity or {}
+        self.seconds_before = 0.0
+        self._not_yet_restored: str | None = None
+        self._start_time = time.perf_counter()
         self.supervised_positions_only = supervised_positions_only
         self._parameter_groups = parameter_groups
         self._since_log, self.totals = StepStatistics(), StepStatistics()
@@ -183,6 +201,149 @@ class LlavaTrainer(SFTTrainer):
             optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = optimizer_class(self._parameter_groups(model or self.model), **arguments)
         return super().create_optimizer(model) if self.optimizer is None else self.optimizer
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Upstream's evaluation, which leaves training's random numbers as they were."""
+        with torch.random.fork_rng():
+            return super().evaluate(*args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        # A pickle of a Python object; recipe.yaml says the same.
+        (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write `checkpoint-N` whole or not at all; older ones go only after that.
+
+        Raises:
+            RunError: on every rank, if one could not write its part. What was there before is left as it was.
+        """
+        self.store_flos()
+        output_dir, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        is_writer = self.args.should_save
+        staging = output_dir / f".{name}.partial"
+        try:
+            resume.together(lambda: self._begin_checkpoint(output_dir, name) if is_writer else None)
+            # Saved apart from what follows: ZeRO and FSDP gather here, on all ranks.
+            self.save_model(str(staging), _internal_call=True)
+            self._save_optimizer_and_scheduler(str(staging))
+            self._save_scaler(str(staging))
+            resume.together(lambda: self._save_rank_state(staging))
+            resume.together(lambda: self._finish_checkpoint(staging) if is_writer else None)
+        except Exception as error:
+            if is_writer:
+                checkpoints.remove_leftovers(output_dir)
+            if isinstance(error, RunError):
+                raise
+            raise RunError(
+                f"{output_dir / name}: could not be written: {type(error).__name__}: {error} "
+                f"{checkpoints.what_is_left(output_dir)} Make room or mend the disk, and add --resume."
+            ) from error
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(output_dir / name))
+
+    def _begin_checkpoint(self, output_dir: Path, name: str) -> None:
+        checkpoints.require_space(output_dir, self._checkpoint_bytes(), name)
+        checkpoints.stage(output_dir, name)
+
+    def _checkpoint_bytes(self) -> int:
+        """About how much a checkpoint takes: as much as the last one, or else weights and optimizer."""
+        written = checkpoints.list_checkpoints(Path(self.args.output_dir))
+        if written:
+            return checkpoints.folder_bytes(written[0].path)
+        learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        saved = learning if hasattr(self.model, "peft_config") else list(self.model.parameters())
+        optimizer = sum(8 * parameter.numel() for parameter in learning)
+        return sum(parameter.numel() * parameter.element_size() for parameter in saved) + optimizer + 2**20
+
+    def _save_rank_state(self, folder: Path) -> None:
+        state = {"random": resume.random_states(), "counters": self._counters()}
+        torch.save(state, folder / f"rank_{self.args.process_index}.pt")
+
+    def _finish_checkpoint(self, staging: Path) -> None:
+        """Write what one rank writes, publish the folder, and let go of checkpoints over the limit."""
+        state = self.state
+        name = staging.name.removeprefix(".").removesuffix(".partial")
+        final = staging.with_name(name)
+        if state.best_global_step and (staging.parent / f"checkpoint-{state.best_global_step}").is_dir():
+            state.best_model_checkpoint = str(staging.parent / f"checkpoint-{state.best_global_step}")
+        elif state.best_global_step == state.global_step:
+            state.best_model_checkpoint = str(final)
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                state.stateful_callbacks[type(callback).__name__] = callback.state()
+        state.save_to_json(str(staging / TRAINER_STATE_NAME))
+        resume.save_rest(self.accelerator.unwrap_model(self.model), staging)
+        if self.recipe is not None:
+            self.recipe.save(staging / "recipe.yaml")
+        position = {"step": state.global_step, "epoch": state.epoch, "seed": self.step_sampler.seed, **self.identity}
+        (staging / resume.POSITION).write_text(json.dumps(position, indent=2) + "\n", encoding="utf-8")
+        checkpoints.publish(staging, step=state.global_step)
+        best = [Path(state.best_model_checkpoint)] if state.best_model_checkpoint else []
+        checkpoints.prune(staging.parent, self.args.save_total_limit, keep=best)
+
+    def _counters(self) -> dict[str, Any]:
+        """What this rank has counted and not yet logged, so that a resumed run logs the same."""
+        now = time.perf_counter()
+        return {
+            "since_log": dataclasses.asdict(self._since_log),
+            "totals": dataclasses.asdict(self.totals),
+            "seconds_since_log": now - self._log_time,
+            "seconds": self.seconds_so_far(),
+            "loss": float(self._tr_loss),
+            "last_logged_step": self._globalstep_last_logged,
+            "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
+            "num_tokens": self._total_train_tokens,
+        }
+
+    def seconds_so_far(self) -> float:
+        """Seconds of training, over all resumes, saving included."""
+        return self.seconds_before + time.perf_counter() - self._start_time
+
+    def _set_counters(self, counters: dict[str, Any]) -> None:
+        self._since_log = StepStatistics(**counters["since_log"])
+        self.totals = StepStatistics(**counters["totals"])
+        self._log_time = time.perf_counter() - counters["seconds_since_log"]
+        self.seconds_before = counters["seconds"]
+        self._tr_loss.fill_(counters["loss"])
+        self._total_loss_scalar = -counters["loss"]  # upstream's mean at the end is over this session's steps
+        self._globalstep_last_logged = counters["last_logged_step"]
+        self._metrics["train"].clear()
+        self._metrics["train"].update(counters["metrics"])
+        self._total_train_tokens = counters["num_tokens"]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            resume.load_weights(self.model if model is None else model, Path(resume_from_checkpoint))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Put back random states and counters; upstream calls this once, where the resumed epoch begins."""
+        if checkpoint is None:
+            return
+        self._not_yet_restored = None
+        path = Path(checkpoint) / f"rank_{self.args.process_index}.pt"
+        if not path.is_file():  # more processes than before; said when the checkpoint was chosen
+            path = Path(checkpoint) / "rank_0.pt"
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        self._set_counters(state["counters"])
+        resume.set_random_states(state["random"])
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        self._not_yet_restored = checkpoint
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        """One epoch; nothing where the checkpoint already holds the last step, which upstream would exceed by one."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**kwargs)
+
+    def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
+        self._load_rng_state(self._not_yet_restored)  # of a checkpoint that holds the last step
+        return super()._finalize_training(trial, num_train_samples, start_time)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what the run did since the last line: supervised tokens, tokens a second, waiting for data, memory."""

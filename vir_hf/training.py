@@ -6,15 +6,15 @@ import json
 import logging
 import os
 import platform
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback, set_seed
 
+from vir_hf import resume
 from vir_hf.checkpoints import save_run
 from vir_hf.collator import LlavaDataCollator
 from vir_hf.conversations import encode_row
@@ -42,29 +42,42 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> dict[str
         RecipeError: a recipe that cannot be run on this machine or on this layout.
         DataError: rows or pictures that cannot be trained on, by number and id.
     """
-    started = time.perf_counter()
     precision = choose_precision(recipe.model.dtype, use_cpu=bool(recipe.training.use_cpu))
+    arguments = training_arguments(recipe, precision)
+    finished = resume.broadcast(resume.is_finished(recipe))
+    if finished is not None:
+        logger.warning("%s: this run is finished, nothing is left to do", arguments.output_dir)
+        return dict(finished)
+    point = resume.choose(recipe, is_main=arguments.process_index == 0)
+    set_seed(arguments.seed)
     model, processor = load_model_and_processor(recipe, precision)
     rows = load_rows(recipe)
-    arguments = training_arguments(recipe, precision)
     sampler = plan_steps(recipe, rows, processor, arguments.world_size, arguments.process_index)
     keep_base(model, processor, recipe, is_main_process=arguments.process_index == 0)
     model = make_trainable(model, recipe)
+    collator = make_collator(recipe, processor)
+    identity = resume.identify(
+        rows, sampler, model, world_size=arguments.world_size, feature_lookup=collator.feature_lookup
+    )
+    if point is not None:
+        resume.check_identity(point, identity, is_deepspeed=arguments.deepspeed_plugin is not None)
     trainer = LlavaTrainer(
         model=model,
         args=arguments,
         train_dataset=rows,
         eval_dataset=load_eval_rows(recipe),
         processing_class=processor,
-        data_collator=make_collator(recipe, processor),
+        data_collator=collator,
         step_sampler=sampler,
         parameter_groups=lambda wrapped: parameter_groups(wrapped, recipe),
         supervised_positions_only=recipe.training.supervised_positions_only,
+        recipe=recipe,
+        identity=identity,
         callbacks=[StepLines(), *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    metrics = summarise(trainer, recipe, time.perf_counter() - started)
+    trainer.train(resume_from_checkpoint=None if point is None else str(point.path))
+    metrics = summarise(trainer, recipe)
     if trainer.is_world_process_zero():
         save_run(trainer.accelerator.unwrap_model(trainer.model), processor, recipe, Path(arguments.output_dir))
         write_json(Path(arguments.output_dir) / "metrics.json", metrics)
@@ -118,6 +131,9 @@ def training_arguments(recipe: Recipe, precision: Precision) -> Any:
     arguments.setdefault("report_to", "none")
     arguments.setdefault("logging_steps", 1)
     arguments.setdefault("save_strategy", "no")
+    # Upstream would replace a bad loss by the mean of the others and go on; ours is to see it.
+    arguments["logging_nan_inf_filter"] = False
+    arguments["ddp_timeout"] = 60 * training.timeout_minutes
     if arguments.get("dataloader_num_workers") is None:
         arguments["dataloader_num_workers"] = default_num_workers()
     if recipe.data.eval_path is None:
@@ -205,8 +221,8 @@ def row_sizes(rows: Dataset, processor: LlavaProcessor, max_length: int | None) 
     return [RowSize(**measure(row)) for row in rows]
 
 
-def summarise(trainer: LlavaTrainer, recipe: Recipe, seconds: float) -> dict[str, Any]:
-    """Return the run's figures; only what was counted or measured."""
+def summarise(trainer: LlavaTrainer, recipe: Recipe) -> dict[str, Any]:
+    """Return the figures of the whole run, before and after every resume; only what was counted or measured."""
     totals = trainer.totals
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
@@ -222,10 +238,12 @@ def summarise(trainer: LlavaTrainer, recipe: Recipe, seconds: float) -> dict[str
         "num_supervised_tokens": totals.supervised_tokens,
         "packing_efficiency": totals.real_tokens / totals.computed_tokens if totals.computed_tokens else None,
         "masked_rows": totals.masked_rows,
-        "seconds": round(seconds, 1),
+        "unsupervised_micro_batches": totals.unsupervised_micro_batches,
+        "seconds": round(trainer.seconds_so_far(), 1),
         "world_size": trainer.args.world_size,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "is_finished": True,
         "loss_history": [
             {"step": entry["step"], "loss": entry["loss"], "learning_rate": entry.get("learning_rate")} for entry in history
         ],
