@@ -6,4 +6,4 @@ from pathlib import Path
 files = [path for folder in sys.argv[1:] for path in sorted(Path(folder).rglob("*.py"))]
 for path in files:
     compile(path.read_text(encoding="utf-8"), str(path), "exec")
-print("Python %d.%d: %d files compile" % (*sys.version_info[:2], len(files)))
+print(f"Python {sys.version_info[0]}.{sys.version_info[1]}: {len(files)} files compile")

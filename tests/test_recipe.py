@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
+import shlex
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ from hypothesis import strategies as st
 
 from vir_hf import recipe_files, upstream
 from vir_hf.errors import RecipeError
-from vir_hf.recipe import Recipe, RecipeArgumentParser, load_recipe, recipe_from, schema
+from vir_hf.recipe import _SECTIONS, Recipe, RecipeArgumentParser, load_recipe, recipe_from, schema
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "recipes" / "experiment").rglob("*.yaml"))
@@ -564,6 +567,35 @@ def test_flags_and_overrides_stand_in_any_order(tmp_path: Path) -> None:
     )
     recipe = recipe_from(arguments)
     assert (recipe.training.seed, recipe.training.max_steps) == (1, 2)
+
+
+# The documentation
+
+
+def test_the_documentation_names_every_key_option_and_config() -> None:
+    text = (ROOT / "docs" / "recipes.md").read_text()
+    ours = {f"{section}.{f.name}" for section, kind in _SECTIONS.items() for f in fields(kind) if f.name != "arguments"}
+    assert {key for key in ours if f"`{key}`" not in text and f"`{key}=" not in text} == set()
+    documented = set(re.findall(r"^\| `((?:experiment|model|data|training|trainable)\.\w+)`", text, re.MULTILINE))
+    assert {key for key in documented if key.split(".")[1] not in schema()[key.split(".")[0]]} == set()
+    options = {path.stem for path in (ROOT / "recipes").rglob("*.yaml")} - {"config"}
+    assert {name for name in options if f"`{name}`" not in text} == set()
+    assert {path.name for path in ACCELERATE_CONFIGS if f"`{path.name}`" not in text} == set()
+
+
+def test_the_commands_in_the_documentation_make_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "docs" / "recipes.md").read_text()
+    (yaml_block,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(yaml_block)
+    load().save("outputs/local_lite/recipe.yaml")
+    commands = re.findall(r"^vir-hf train (.*)$", text, re.MULTILINE)
+    assert len(commands) == 5
+    for command in commands:
+        parser = RecipeArgumentParser(prog="vir-hf train")
+        assert recipe_from(parser.parse_args(shlex.split(command))).training.output_dir
+    mentioned = re.findall(r"`(training\.lr_scheduler_kwargs\.\S+?|training\.run_name=\S+?)`", text)
+    assert load(*shlex.split(" ".join(mentioned))).training.run_name == "local_lite-a"
 
 
 # What upstream accepts
