@@ -1,0 +1,285 @@
+"""Opening pictures: every kind becomes RGB in the documented way, everything else is an error with a kind."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vir_hf.errors import DataError, ImageError
+from vir_hf.images import open_image
+
+
+def encode(image: Image.Image, image_format: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+def kind_of(source, *args, **kwargs) -> str:
+    with pytest.raises(ImageError) as caught:
+        open_image(source, *args, **kwargs)
+    assert str(caught.value)
+    return caught.value.kind
+
+
+def pixels_of(data: bytes) -> list[tuple[int, ...]]:
+    return [tuple(pixel) for pixel in np.asarray(open_image(data)).reshape(-1, 3).tolist()]
+
+
+def half_red(size=(8, 4)) -> Image.Image:
+    """Left half red, right half black."""
+    image = Image.new("RGB", size)
+    image.paste((255, 0, 0), (0, 0, size[0] // 2, size[1]))
+    return image
+
+
+def test_a_path_bytes_a_datasets_dict_and_a_pil_image_give_the_same_picture(tmp_path: Path):
+    data = encode(half_red())
+    (tmp_path / "a.png").write_bytes(data)
+    expected = np.asarray(half_red())
+    sources = ["a.png", data, {"bytes": data, "path": None}, {"bytes": None, "path": str(tmp_path / "a.png")}]
+    for source in sources:
+        image = open_image(source, tmp_path)
+        assert image.mode == "RGB"
+        np.testing.assert_array_equal(np.asarray(image), expected)
+    np.testing.assert_array_equal(np.asarray(open_image(Image.open(tmp_path / "a.png"))), expected)
+    assert open_image(tmp_path / "a.png").size == (8, 4)
+
+
+def test_exif_orientation_is_applied():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned a quarter clockwise to be seen
+    image = open_image(encode(half_red(), exif=exif))
+    assert image.size == (4, 8)
+    assert image.getpixel((0, 0)) == (255, 0, 0) and image.getpixel((0, 7)) == (0, 0, 0)
+
+
+def test_transparency_is_laid_over_white():
+    image = Image.new("RGBA", (2, 1))
+    image.putdata([(255, 0, 0, 255), (0, 0, 0, 0)])
+    assert pixels_of(encode(image)) == [(255, 0, 0), (255, 255, 255)]
+    grey = Image.new("LA", (2, 1))
+    grey.putdata([(7, 255), (0, 0)])
+    assert pixels_of(encode(grey)) == [(7, 7, 7), (255, 255, 255)]
+    palette = half_red().convert("P")
+    black = palette.getpixel((7, 0))
+    assert open_image(encode(palette, transparency=black)).getpixel((7, 0)) == (255, 255, 255)
+
+
+def test_sixteen_bit_grey_is_scaled_to_eight():
+    values = np.array([[0, 0x1234, 0x8000, 0xFFFF]], dtype=np.uint16)
+    assert [pixel[0] for pixel in pixels_of(encode(Image.fromarray(values)))] == [0, 0x12, 0x80, 0xFF]
+
+
+def test_floats_are_fractions_bytes_or_sixteen_bits():
+    def opened(values):
+        return [p[0] for p in pixels_of(encode(Image.fromarray(np.array([values], dtype=np.float32)), "TIFF"))]
+
+    assert opened([0.0, 0.5, 1.0]) == [0, 128, 255]
+    assert opened([0.0, 7.0, 200.0]) == [0, 7, 200]
+    assert opened([0.0, 257.0, 65535.0]) == [0, 1, 255]
+    assert opened([float("nan"), 0.0, 1.0]) == [0, 0, 255]
+
+
+@pytest.mark.parametrize(
+    ("mode", "image_format"), [("L", "PNG"), ("1", "PNG"), ("P", "GIF"), ("CMYK", "JPEG"), ("LAB", "TIFF")]
+)
+def test_other_modes_become_rgb(mode: str, image_format: str):
+    source = Image.new("LAB", (8, 8)) if mode == "LAB" else half_red((8, 8)).convert(mode)
+    image = open_image(encode(source, image_format))
+    assert (image.mode, image.size) == ("RGB", (8, 8))
+
+
+def test_the_first_frame_of_an_animation_is_taken():
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "lime")]
+    data = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert open_image(data).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_every_fault_has_its_kind(tmp_path: Path):
+    photo = encode(Image.effect_noise((64, 64), 50).convert("RGB"), "JPEG")
+    assert kind_of("nothing.jpg", tmp_path) == "image_missing"
+    assert kind_of({"bytes": None, "path": None}) == "image_missing"
+    assert kind_of({"bytes": None, "path": str(tmp_path / "nothing.jpg")}) == "image_missing"
+    assert kind_of(b"") == "image_empty"
+    assert kind_of(b"no picture at all") == "image_unreadable"
+    assert kind_of(photo[: len(photo) // 2]) == "image_truncated"
+    assert kind_of("https://example.invalid/a.jpg") == "image_url"
+    assert kind_of("file:///etc/hostname") == "image_url"
+    assert kind_of("file:///etc/hostname", allow_urls=True) == "image_url"
+    with pytest.raises(DataError, match="int"):
+        open_image(7)  # type: ignore[arg-type]
+
+
+def test_bombs_are_refused_before_they_are_decoded():
+    huge = Image.new("1", (12_000, 12_000))
+    data = encode(huge)
+    assert len(data) < 100_000
+    assert kind_of(data) == "image_too_large"
+
+
+def test_an_error_survives_the_way_back_from_a_worker_process():
+    error = pickle.loads(pickle.dumps(ImageError("image_empty", "a.jpg: empty")))
+    assert (error.kind, str(error)) == ("image_empty", "a.jpg: empty")
+
+
+class TestFolder:
+    """References never leave the image folder."""
+
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        (tmp_path / "images" / "sub").mkdir(parents=True)
+        for place in ("secret.png", "images/a.png", "images/sub/b.png"):
+            (tmp_path / place).write_bytes(encode(half_red()))
+        return tmp_path / "images"
+
+    def test_paths_inside_are_opened(self, folder: Path):
+        for name in ("a.png", "sub/b.png", "sub/../a.png", "./a.png", str(folder / "a.png")):
+            assert open_image(name, folder).size == (8, 4)
+
+    def test_dots_and_absolute_paths_do_not_lead_out(self, folder: Path):
+        for name in ("../secret.png", "sub/../../secret.png", str(folder.parent / "secret.png"), "/etc/hostname"):
+            assert kind_of(name, folder) == "image_outside_folder"
+
+    def test_symbolic_links_do_not_lead_out(self, folder: Path):
+        (folder / "link.png").symlink_to(folder.parent / "secret.png")
+        (folder / "up").symlink_to(folder.parent)
+        (folder / "inside.png").symlink_to(folder / "a.png")
+        assert kind_of("link.png", folder) == "image_outside_folder"
+        assert kind_of("up/secret.png", folder) == "image_outside_folder"
+        assert open_image("inside.png", folder).size == (8, 4)
+
+    def test_a_folder_that_begins_like_the_image_folder_is_outside(self, folder: Path):
+        (folder.parent / "images2").mkdir()
+        (folder.parent / "images2" / "c.png").write_bytes(encode(half_red()))
+        assert kind_of("../images2/c.png", folder) == "image_outside_folder"
+
+    def test_the_image_folder_itself_may_be_a_link(self, folder: Path):
+        link = folder.parent / "link"
+        link.symlink_to(folder)
+        assert open_image("a.png", link).size == (8, 4)
+
+    def test_odd_names_are_missing_not_crashes(self, folder: Path):
+        for name in ("", "a\0.png", "sub", "a.png/b.png", "x" * 5000, "\ud800.png"):
+            assert kind_of(name, folder) in ("image_missing", "image_unreadable")
+
+    def test_a_wrong_image_folder_is_named(self, tmp_path: Path):
+        with pytest.raises(DataError, match="nowhere.*no such folder"):
+            open_image("a.png", tmp_path / "nowhere")
+
+    def test_coco_names_resolve_across_editions(self, folder: Path):
+        picture = encode(half_red())
+        (folder / "000000000009.jpg").write_bytes(picture)
+        (folder / "COCO_val2014_000000000042.jpg").write_bytes(picture)
+        (folder / "train2017").mkdir()
+        (folder / "train2017" / "000000000077.jpg").write_bytes(picture)
+        assert open_image("COCO_train2014_000000000009.jpg", folder).size == (8, 4)
+        assert open_image("000000000042.jpg", folder).size == (8, 4)
+        assert open_image("train2014/COCO_train2014_000000000077.jpg", folder).size == (8, 4)
+        assert kind_of("COCO_train2014_000000000010.jpg", folder) == "image_missing"
+        # A place written down before the file was renamed.
+        assert open_image({"bytes": None, "path": str(folder / "000000000042.jpg")}).size == (8, 4)
+
+
+class TestArchives:
+    """Members of .zip and .tar are read in place."""
+
+    @pytest.fixture(params=["stored.zip", "deflated.zip", "plain.tar"])
+    def archive(self, request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+        path = tmp_path / request.param
+        members = {"train2017/000000000009.jpg": encode(half_red()), "train2017/broken.jpg": b""}
+        if path.suffix == ".zip":
+            method = zipfile.ZIP_STORED if path.stem == "stored" else zipfile.ZIP_DEFLATED
+            with zipfile.ZipFile(path, "w", method) as file:
+                for name, data in members.items():
+                    file.writestr(name, data)
+        else:
+            import tarfile
+
+            with tarfile.open(path, "w") as file:
+                for name, data in members.items():
+                    info = tarfile.TarInfo(f"./{name}")
+                    info.size = len(data)
+                    file.addfile(info, io.BytesIO(data))
+        return path
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "train2017/000000000009.jpg",
+            "000000000009.jpg",
+            "coco/train2017/000000000009.jpg",
+            "COCO_train2014_000000000009.jpg",
+        ],
+    )
+    def test_a_member_is_found_with_more_or_less_of_its_path(self, archive: Path, name: str):
+        np.testing.assert_array_equal(np.asarray(open_image(name, archive)), np.asarray(half_red()))
+
+    def test_faults(self, archive: Path):
+        assert kind_of("train2017/nothing.jpg", archive) == "image_missing"
+        assert kind_of("broken.jpg", archive) == "image_empty"
+        assert kind_of("../000000000009.jpg", archive) == "image_outside_folder"
+
+    def test_an_archive_is_found_where_a_folder_was_expected(self, archive: Path):
+        folder = archive.parent / "data" / "coco"
+        folder.mkdir(parents=True)
+        archive.rename(folder / f"train2017{archive.suffix}")
+        assert open_image("coco/train2017/000000000009.jpg", folder.parent).size == (8, 4)
+
+    def test_two_processes_read_one_archive(self, archive: Path):
+        from concurrent.futures import ProcessPoolExecutor
+        from multiprocessing import get_context
+
+        from vir_hf.image_folder import ImageFolder
+
+        place = ImageFolder(archive).locate("000000000009.jpg")
+        open_image(place)
+        with ProcessPoolExecutor(2, mp_context=get_context("fork")) as pool:
+            assert {image.size for image in pool.map(open_image, [place] * 40)} == {(8, 4)}
+
+    def test_a_damaged_archive_is_an_error_of_its_own(self, archive: Path):
+        data = archive.read_bytes()
+        archive.write_bytes(b"x" * 600 + data[600 : len(data) // 2])
+        with pytest.raises(DataError, match="no readable"):
+            open_image("000000000009.jpg", archive)
+
+
+class TestUrls:
+    """URLs are opened only when allowed."""
+
+    def test_a_url_is_fetched_when_allowed(self, http_folder):
+        root, address = http_folder
+        (root / "a.png").write_bytes(encode(half_red()))
+        assert open_image(f"{address}/a.png", allow_urls=True).size == (8, 4)
+        assert kind_of(f"{address}/missing.png", allow_urls=True) == "image_missing"
+        assert kind_of(f"{address}/a.png") == "image_url"
+
+
+@pytest.mark.real_data
+def test_every_odd_file_is_rgb_or_has_a_named_reason(shared_data: Path):
+    """`expected.json` says what Pillow makes of each; where it opens a file, so do we."""
+    folder = shared_data / "odd_images"
+    entries = json.loads((folder / "expected.json").read_text())
+    assert len(entries) == 35
+    for entry in entries:
+        opens = "rgb ok" in entry["pil"]
+        try:
+            image = open_image(entry["file"], folder)
+        except ImageError as error:
+            assert not opens, (entry, str(error))
+            assert error.kind in ("image_truncated", "image_unreadable", "image_too_large", "image_empty")
+            assert entry["file"] in str(error)
+        else:
+            assert opens and image.mode == "RGB", entry
+            size = tuple(int(n) for n in entry["pil"].split("(")[1].split(")")[0].split(","))
+            is_turned = "exif_orient=6" in entry["pil"]
+            assert image.size == (size[::-1] if is_turned else size), entry
+    assert os.environ.get("PIL_LOAD_TRUNCATED") is None
