@@ -262,7 +262,10 @@ def staged(output_dir: Path, name: str) -> Iterator[Path]:
 
 def save_run(model: Any, processor: Any, recipe: Recipe, folder: Path) -> None:
     """Write model (or adapter and projector), processor and the resolved recipe into a folder."""
+    from vir_hf.interop import save_projector  # here, so that listing checkpoints does not import torch
+
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
+    save_projector(model, folder)
     processor.save_pretrained(folder)
     recipe.save(folder / "recipe.yaml")

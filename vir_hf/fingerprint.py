@@ -97,10 +97,25 @@ def _line(key: str, shape: list[int], stored: Any) -> str:
     return f"{key} {shape} {values.tolist()}"
 
 
-def write_fingerprint(folder: Path, base: str, revision: str | None = None) -> None:
-    """Write into an adapter's folder which weights it was trained on."""
-    content: dict[str, Any] = {"base": base, "revision": revision, "fingerprint": fingerprint_of(base, revision)}
-    (folder / FINGERPRINT_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def base_record(
+    base: str | None, revision: str | None = None, quantization: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return what an adapter remembers of its base: name, revision, fingerprint, and how it was quantised when trained."""
+    fingerprint = None if base is None else fingerprint_of(base, revision)
+    return {"base": base, "revision": revision, "fingerprint": fingerprint, "quantization": quantization}
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """Write a base record into an adapter's folder."""
+    text = json.dumps(record, indent=2, default=str) + "\n"
+    (folder / FINGERPRINT_FILE).write_text(text, encoding="utf-8")
+
+
+def read_record(adapter: Path) -> dict[str, Any]:
+    """Return the base record of an adapter; {} of one that was not saved by us."""
+    path = adapter / FINGERPRINT_FILE
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return record
 
 
 def check_fingerprint(
@@ -111,14 +126,16 @@ def check_fingerprint(
     Raises:
         RecipeError: naming `key` and both bases.
     """
-    path = adapter / FINGERPRINT_FILE
-    if not path.is_file():
-        logger.warning("%s: has no %s, so whether it belongs to %s cannot be checked.", adapter, FINGERPRINT_FILE, base)
+    record = read_record(adapter)
+    expected = record.get("fingerprint")
+    if expected is None:
+        logger.warning(
+            "%s: says nothing about its base's weights, so whether it belongs to %s is not checked", adapter, base
+        )
         return
-    remembered = json.loads(path.read_text(encoding="utf-8"))
-    expected, found = remembered.get("fingerprint"), fingerprint_of(base, revision)
-    if expected is not None and found is not None and expected != found:
+    found = fingerprint_of(base, revision)
+    if found is not None and expected != found:
         raise RecipeError(
-            f"{key}={base}: the adapter {adapter} was trained on other weights: on {remembered.get('base')} with fingerprint "
+            f"{key}={base}: the adapter {adapter} was trained on other weights: on {record.get('base')} with fingerprint "
             f"{expected[:19]}, these have {found[:19]}. Set {key} to the base it was trained on."
         )

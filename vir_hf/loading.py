@@ -11,38 +11,45 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import snapshot_download
+import yaml
 from peft import PeftModel
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     CLIPVisionModel,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     SiglipVisionModel,
 )
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.utils import cached_file
 
+from vir_hf.adapters import BASE_FOLDER, adapter_folder, base_of, folders_of_run
 from vir_hf.conversations import encode_row
 from vir_hf.errors import RecipeError
 from vir_hf.fingerprint import check_fingerprint
+from vir_hf.interop import load_projector
 from vir_hf.llava.modeling_llava import LlavaForCausalLM
 from vir_hf.llava.processing_llava import LlavaProcessor
 from vir_hf.llava.registration import register
+from vir_hf.quantization import (
+    adopt_quantization,
+    check_quantization,
+    for_language_model,
+    is_quantized,
+    keep_layout,
+    nf4,
+    quantization_config,
+)
 
 if TYPE_CHECKING:
     from vir_hf.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
-# Where a run over joined parts keeps the model its adapter belongs to.
-BASE_FOLDER = "base"
-# What stays in 16 bit. Full names in memory: transformers ignores short ones and quantises tower, projector and head.
-NOT_QUANTIZED = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
+# In `base/`: what it was made from, so that it is not taken for another run's.
+MADE_FROM = "made_from.json"
 
 register()  # `import vir_hf` has done it already, except in the command, which loads no model to answer --help
 
@@ -69,23 +76,50 @@ class Precision:
     reason: str
 
 
-def choose_precision(dtype: str = "auto", use_cpu: bool = False) -> Precision:
-    """bf16 where the GPU has it, fp16 with loss scaling where it does not, fp32 on a CPU; or what the recipe says."""
+def choose_precision(
+    dtype: str = "auto", use_cpu: bool = False, *, bf16: bool | None = None, fp16: bool | None = None
+) -> Precision:
+    """bf16 where the GPU has it, fp16 with loss scaling where it does not, fp32 on a CPU; or what the recipe says.
+
+    Args:
+        dtype: `model.dtype`, of the weights that do not learn.
+        use_cpu: no GPU is to be used, even if there is one.
+        bf16, fp16: `training.bf16` and `training.fp16`; `None` leaves autocast to the dtype.
+
+    Raises:
+        RecipeError: fp16 without a GPU.
+    """
     has_cuda = torch.cuda.is_available() and not use_cpu
-    if dtype == "auto":
-        if not has_cuda:
-            return Precision(torch.float32, None, "no CUDA GPU")
-        name = torch.cuda.get_device_name()
-        if torch.cuda.get_device_capability()[0] >= 8:
-            return Precision(torch.bfloat16, "bf16", f"{name} computes in bf16")
-        return Precision(torch.float16, "fp16", f"{name} has no bf16")
-    chosen = getattr(torch, dtype)
-    autocast = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(chosen)
+    if dtype != "auto":
+        chosen, reason = getattr(torch, dtype), f"model.dtype={dtype}"
+    elif bf16 or fp16:
+        chosen = torch.bfloat16 if bf16 else torch.float16
+        reason = f"training.{'bf16' if bf16 else 'fp16'}"
+    elif not has_cuda:
+        chosen, reason = torch.float32, "no CUDA GPU"
+    else:
+        has_bf16 = torch.cuda.get_device_capability()[0] >= 8
+        chosen = torch.bfloat16 if has_bf16 else torch.float16
+        reason = f"{torch.cuda.get_device_name()} {'computes in bf16' if has_bf16 else 'has no bf16'}"
+    by_dtype = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(chosen)
+    autocast = "bf16" if bf16 else "fp16" if fp16 else by_dtype
+    if (by_dtype == "bf16" and bf16 is False) or (by_dtype == "fp16" and fp16 is False):
+        chosen, autocast, reason = torch.float32, None, f"training.{by_dtype}=false"
     if autocast == "fp16" and not has_cuda:
-        raise RecipeError(
-            "model.dtype=float16 needs a CUDA GPU for its loss scaling; use float32 or bfloat16 on a CPU."
-        )
-    return Precision(chosen, autocast, "model.dtype")
+        key = "training.fp16=true" if fp16 else f"model.dtype={dtype}"
+        raise RecipeError(f"{key} needs a CUDA GPU for its loss scaling; use float32 or bfloat16 on a CPU.")
+    return Precision(chosen, autocast, reason)
+
+
+def describe_precision(precision: Precision, model: torch.nn.Module, tf32: bool | None) -> str:
+    """Return one line: dtype of the weights, autocast, tf32 and attention, and why."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    arithmetic = f"{precision.autocast} autocast" if precision.autocast else "no autocast"
+    attention = getattr(inner.config.get_text_config(), "_attn_implementation", None) or "default"
+    return (
+        f"weights {str(precision.dtype).removeprefix('torch.')}, {arithmetic} ({precision.reason}), trained weights float32, "
+        f"tf32 {'on' if tf32 else 'off'}, attention {attention}"
+    )
 
 
 def build(
@@ -121,7 +155,10 @@ def build(
         image_processor = _load_part(
             AutoImageProcessor, image_processor or _name_of(vision_tower, "image_processor"), "model.vision_tower"
         )
+    quantization = loading_kwargs.pop("quantization_config", None)
     if isinstance(language_model, str):
+        if quantization is not None:
+            loading_kwargs["quantization_config"] = for_language_model(quantization)
         language_model = _load_part(
             AutoModelForCausalLM, language_model, "model.language_model", dtype=dtype or "auto", **loading_kwargs
         )
@@ -144,15 +181,20 @@ def build(
             f"model.vision_tower: pictures are made {processor.image_size} pixels, the tower takes "
             f"{tower.config.image_size}; name the image processor that belongs to the tower."
         )
-    model = LlavaForCausalLM.from_components(
-        language_model,
-        tower,
-        projector_type,
-        image_token_id=processor.image_token_id,
-        vocab_size=len(processor.tokenizer),
-        vision_feature_layer=vision_feature_layer,
-        vision_feature_select_strategy=strategy,
-    )
+    try:
+        model = LlavaForCausalLM.from_components(
+            language_model,
+            tower,
+            projector_type,
+            image_token_id=processor.image_token_id,
+            vocab_size=len(processor.tokenizer),
+            vision_feature_layer=vision_feature_layer,
+            vision_feature_select_strategy=strategy,
+        )
+    except ValueError as error:
+        raise RecipeError(f"model.language_model={_shown(language_model)}: {error}") from error
+    if quantization is not None:
+        adopt_quantization(model, language_model, quantization)
     agree_on_tokens(model, processor)
     return model, processor
 
@@ -190,8 +232,19 @@ def load_vision_tower(name: str, dtype: torch.dtype | str = "auto") -> PreTraine
     return _load_part(VISION_TOWERS[config.model_type], name, "model.vision_tower", dtype=dtype)
 
 
-def load_model_and_processor(recipe: Recipe, precision: Precision) -> tuple[LlavaForCausalLM, LlavaProcessor]:
-    """Return the recipe's model and processor, on the CPU or (quantised) on this process's GPU."""
+def load_model_and_processor(
+    recipe: Recipe, precision: Precision, source: str | None = None
+) -> tuple[LlavaForCausalLM, LlavaProcessor]:
+    """Return the recipe's model and processor, on the CPU or (quantised) on this process's GPU.
+
+    What is quantised is read off the loaded modules and compared with the recipe.
+
+    Args:
+        source: a checkpoint to load in place of what `recipe.model` names.
+
+    Raises:
+        RecipeError: a part that cannot be loaded or does not fit; layers that are quantised against the recipe.
+    """
     wanted = recipe.model
     quantization = quantization_config(recipe, precision)
     loading: dict[str, Any] = {"trust_remote_code": wanted.trust_remote_code}
@@ -203,31 +256,146 @@ def load_model_and_processor(recipe: Recipe, precision: Precision) -> tuple[Llav
             loading["device_map"] = {"": torch.cuda.current_device()}
     if wanted.attn_implementation != "auto":
         loading["attn_implementation"] = wanted.attn_implementation
-    if wanted.name_or_path:
-        model = _load_part(
-            LlavaForCausalLM, wanted.name_or_path, "model.name_or_path", dtype=precision.dtype, **loading
-        )
-        processor = load_processor(wanted.name_or_path, template=wanted.template)
+    source = source or _base_to_continue(recipe)
+    if source is not None:
+        loading.pop("revision", None)
+    name = source or wanted.name_or_path
+    if name:
+        model = _load_part(LlavaForCausalLM, name, "model.name_or_path", dtype=precision.dtype, **loading)
+        processor = load_processor(name, wanted.template, None if source else wanted.revision)
         agree_on_tokens(model, processor)
-        return model, processor
-    if not wanted.language_model or not wanted.vision_tower:
+    elif wanted.language_model and wanted.vision_tower:
+        strategy = wanted.vision_feature_select_strategy
+        with torch.random.fork_rng():
+            torch.manual_seed(recipe.training.seed)  # the projector and new embedding rows: the same in every process
+            model, processor = build(
+                wanted.language_model,
+                wanted.vision_tower,
+                wanted.template,
+                tokenizer=wanted.tokenizer,
+                projector_type=wanted.projector_type,
+                image_aspect_ratio=wanted.image_aspect_ratio,
+                vision_feature_layer=wanted.vision_feature_layer,
+                vision_feature_select_strategy=None if strategy == "auto" else strategy,
+                dtype=precision.dtype,
+                **loading,
+            )
+    else:
         raise RecipeError(
             "model: nothing to load. Set model.name_or_path to a vision-language model, or model.language_model and "
             "model.vision_tower to the parts to join."
         )
-    strategy = wanted.vision_feature_select_strategy
-    return build(
-        wanted.language_model,
-        wanted.vision_tower,
-        wanted.template,
-        tokenizer=wanted.tokenizer,
-        projector_type=wanted.projector_type,
-        image_aspect_ratio=wanted.image_aspect_ratio,
-        vision_feature_layer=wanted.vision_feature_layer,
-        vision_feature_select_strategy=None if strategy == "auto" else strategy,
-        dtype=precision.dtype,
-        **loading,
+    check_quantization(model, quantization)
+    keep_layout(model)
+    if wanted.pretrained_projector and not _is_own_base(recipe, source):
+        load_projector(model, wanted.pretrained_projector)
+    return model, processor
+
+
+def _base_to_continue(recipe: Recipe) -> str | None:
+    """The base that a run has saved and this one goes on from: its own when resumed, `model.adapter`'s; else `None`."""
+    wanted = recipe.model
+    own = Path(recipe.training.output_dir or "") / BASE_FOLDER
+    if recipe.training.resume and _read_json(own / MADE_FROM) == made_from(recipe):
+        return str(own)
+    if wanted.adapter and not wanted.name_or_path:
+        folder = adapter_folder(wanted.adapter)
+        if folder is None:
+            raise RecipeError(
+                f"model.adapter={wanted.adapter}: holds no adapter (adapter_config.json). Name a run that trained with LoRA; a "
+                "whole model goes into model.name_or_path."
+            )
+        base, _ = base_of(folder)
+        _check_same_parts(recipe, folder, base)
+        return base
+    return None
+
+
+def _is_own_base(recipe: Recipe, source: str | None) -> bool:
+    """Whether `source` is this run's own base, whose projector is the right one already."""
+    own = Path(recipe.training.output_dir or "") / BASE_FOLDER
+    return source is not None and Path(source).resolve() == own.resolve() and (own / MADE_FROM).is_file()
+
+
+def made_from(recipe: Recipe) -> dict[str, Any]:
+    """Return everything that decides the weights of `output_dir/base`."""
+    keys = (
+        "name_or_path",
+        "revision",
+        "language_model",
+        "vision_tower",
+        "tokenizer",
+        "projector_type",
+        "template",
+        "pretrained_projector",
+        "adapter",
     )
+    values = {key: getattr(recipe.model, key) for key in keys}
+    return {**values, "seed": recipe.training.seed, "quantization": recipe.quantization.bits}
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _check_same_parts(recipe: Recipe, adapter: Path, base: str) -> None:
+    """Raise unless the adapter's run joined the parts this recipe names."""
+    saved = next(
+        (folder / "recipe.yaml" for folder in folders_of_run(adapter) if (folder / "recipe.yaml").is_file()), None
+    )
+    before = {} if saved is None else (yaml.safe_load(saved.read_text(encoding="utf-8")) or {}).get("model", {})
+    for key in ("language_model", "vision_tower", "projector_type"):
+        if before.get(key) and before[key] != getattr(recipe.model, key):
+            raise RecipeError(
+                f"model.{key}={getattr(recipe.model, key)}: the adapter {adapter} was trained with {before[key]}. Set "
+                f"model.{key}={before[key]} to go on with it."
+            )
+    if not before.get("language_model"):
+        raise RecipeError(
+            f"model.adapter={recipe.model.adapter}: was trained on the whole model {base}, not on joined parts. Set "
+            f"model.name_or_path={base}, model.language_model=null and model.vision_tower=null."
+        )
+
+
+def keep_base(
+    model: LlavaForCausalLM, processor: LlavaProcessor, recipe: Recipe, *, is_main_process: bool = True
+) -> None:
+    """Save the model that an adapter will be trained on as `output_dir/base`, where it exists nowhere else.
+
+    Joined parts have a projector and embedding rows that were drawn at random, so their adapter would be worth nothing
+    without them. The adapter's config names this folder. Nothing is saved for a base that lies on disk or on the Hub.
+    """
+    if "lora" not in (recipe.trainable.language_model, recipe.trainable.vision_tower):
+        return
+    folder = Path(recipe.training.output_dir) / BASE_FOLDER
+    source = Path(model.name_or_path) if model.name_or_path else None
+    is_own = source is not None and source.resolve() == folder.resolve()
+    is_changed = bool(recipe.model.pretrained_projector) and not is_own
+    if recipe.model.name_or_path and not is_changed and not is_own:
+        return
+    if is_main_process and not is_own:
+        temporary = folder.with_name(f".{BASE_FOLDER}.partial")
+        shutil.rmtree(temporary, ignore_errors=True)
+        if source is not None and source.is_dir() and not is_changed:
+            _link_files(source, temporary)  # the base of the run this one goes on from, without a second copy
+        else:
+            model.save_pretrained(temporary)
+            processor.save_pretrained(temporary)
+        (temporary / MADE_FROM).write_text(json.dumps(made_from(recipe), indent=2) + "\n", encoding="utf-8")
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(temporary, folder)
+    model.name_or_path = model.config._name_or_path = str(folder.resolve())
+
+
+def _link_files(source: Path, target: Path) -> None:
+    target.mkdir(parents=True)
+    for path in source.iterdir():
+        if path.is_file() and path.name != MADE_FROM:
+            try:
+                os.link(path.resolve(), target / path.name)
+            except OSError:  # another file system, or one without links
+                shutil.copy2(path, target / path.name)
 
 
 def load_processor(
@@ -276,25 +444,18 @@ def load_run(
     if attn_implementation is not None:
         loading["attn_implementation"] = attn_implementation
     if load_in_4bit:
-        loading["quantization_config"] = default_nf4(dtype)
+        loading["quantization_config"] = nf4(dtype)
     adapter = adapter_folder(name, revision)
     if adapter is None:
         if revision is not None:
             loading["revision"] = revision
         model = _load_part(LlavaForCausalLM, name, "path", **loading)
-        processor = load_processor(name, revision=revision)
+        processor = load_processor(processor_place(Path(name), name), revision=revision)
     else:
-        base_name, base_revision = (base, None) if base else base_of(adapter)
-        check_fingerprint(adapter, base_name, base_revision, key="base")
-        if base_revision is not None:
-            loading["revision"] = base_revision
-        plain = _load_part(LlavaForCausalLM, base_name, "base", **loading)
-        keep_linear4bit_layout(plain)
-        model = PeftModel.from_pretrained(plain, str(adapter))
-        processor = load_processor(
-            next((folder for folder in _folders_of_run(adapter) if _has_processor(folder)), base_name)
-        )
-    keep_linear4bit_layout(model)
+        model, base_name = load_base(adapter, base, loading)
+        model = PeftModel.from_pretrained(model, str(adapter))
+        processor = load_processor(processor_place(adapter, base_name))
+    keep_layout(model)
     if device is None and torch.cuda.is_available():
         device = "cuda"
     if device is not None and not is_quantized(model):
@@ -302,107 +463,32 @@ def load_run(
     return model.eval(), processor
 
 
-def keep_base(
-    model: LlavaForCausalLM, processor: LlavaProcessor, recipe: Recipe, *, is_main_process: bool = True
-) -> None:
-    """Save the model that an adapter will be trained on as `output_dir/base`, where it exists nowhere else.
+def load_base(adapter: Path, base: str | None, loading: dict[str, Any]) -> tuple[LlavaForCausalLM, str]:
+    """Return the model an adapter was trained on, and its name.
 
-    Joined parts have a projector and embedding rows that were drawn at random, so their adapter would be worth nothing
-    without them. The adapter's config names this folder. Nothing is saved for a base that lies on disk or on the Hub.
+    Args:
+        base: in place of the one the adapter names; its weights must be the same.
+        loading: arguments of `from_pretrained`.
+
+    Raises:
+        RecipeError: it cannot be loaded, or has other weights than the adapter was trained on.
     """
-    if "lora" not in (recipe.trainable.language_model, recipe.trainable.vision_tower):
-        return
-    if recipe.model.name_or_path and not recipe.model.pretrained_projector:
-        return
-    folder = Path(recipe.training.output_dir) / BASE_FOLDER
-    source = Path(model.name_or_path) if model.name_or_path else None
-    is_there = source is not None and source.is_dir() and source.resolve() == folder.resolve()
-    if is_main_process and not is_there:
-        temporary = folder.with_name(f"{BASE_FOLDER}.{os.getpid()}.tmp")
-        model.save_pretrained(temporary)
-        processor.save_pretrained(temporary)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(temporary, folder)
-    model.name_or_path = model.config._name_or_path = str(folder.resolve())
+    name, revision = (base, None) if base else base_of(adapter)
+    check_fingerprint(adapter, name, revision, key="base")
+    if revision is not None:
+        loading = {**loading, "revision": revision}
+    model = _load_part(LlavaForCausalLM, name, "base", **loading)
+    keep_layout(model)
+    return model, name
 
 
-def adapter_folder(name: str, revision: str | None = None) -> Path | None:
-    """Return the folder of an adapter, fetched from the Hub if need be; `None` if `name` is a whole model."""
-    if Path(name).is_dir():
-        return Path(name) if (Path(name) / "adapter_config.json").is_file() else None
-    try:
-        found = cached_file(name, "adapter_config.json", revision=revision, _raise_exceptions_for_missing_entries=False)
-    except (OSError, ValueError) as error:
-        raise RecipeError(
-            f"{name}: is neither a folder nor a model that can be reached on the Hub: {_first_line(error)} Expected a run's "
-            "output directory, a folder saved by save_pretrained, or a Hub id."
-        ) from error
-    return None if found is None else Path(snapshot_download(name, revision=revision))
-
-
-def base_of(adapter: Path) -> tuple[str, str | None]:
-    """Return name and revision of the base an adapter was trained on; a base saved in the run itself comes first."""
-    for folder in _folders_of_run(adapter):
-        if (folder / BASE_FOLDER / "config.json").is_file():
-            return str(folder / BASE_FOLDER), None
-    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    name = config.get("base_model_name_or_path")
-    if not name:
-        raise RecipeError(f"{adapter}: its adapter_config.json names no base model; pass base=NAME_OR_FOLDER.")
-    return name, config.get("revision")
-
-
-def _folders_of_run(adapter: Path) -> list[Path]:
-    """The folder itself and, for a checkpoint, the run it lies in."""
-    return [adapter, adapter.parent] if adapter.name.startswith("checkpoint-") else [adapter]
-
-
-def _has_processor(folder: Path) -> bool:
-    return (folder / "processor_config.json").is_file() or (folder / "preprocessor_config.json").is_file()
-
-
-def is_quantized(model: torch.nn.Module) -> bool:
-    """Whether any layer is stored in 4 or 8 bit."""
-    return any(type(module).__name__ in ("Linear4bit", "Linear8bitLt") for module in model.modules())
-
-
-def keep_linear4bit_layout(model: torch.nn.Module) -> None:
-    """Stop bitsandbytes from repacking 4-bit weights in eval mode, which it does for good on CPUs with AVX512-BF16.
-
-    After one evaluation the gradient would no longer pass through the repacked layers.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-
-
-def default_nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
-    """NF4 with double quantisation of the language model's linear layers alone."""
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=list(NOT_QUANTIZED),
-    )
-
-
-def quantization_config(recipe: Recipe, precision: Precision) -> BitsAndBytesConfig | None:
-    """Return the bitsandbytes config, or `None`; on a machine without CUDA a recipe may ask to go without."""
-    if recipe.quantization.bits is None:
-        return None
-    if recipe.quantization.only_on_cuda and not torch.cuda.is_available():
-        logger.warning(
-            "no CUDA GPU: loading without %s-bit quantisation (quantization.only_on_cuda)", recipe.quantization.bits
-        )
-        return None
-    arguments = recipe.quantization.bitsandbytes_arguments()
-    if recipe.quantization.bits == 4:
-        arguments.setdefault("bnb_4bit_compute_dtype", precision.dtype)
-    # The full names: transformers ignores the short ones and quantises tower, projector and head.
-    arguments.setdefault("llm_int8_skip_modules", list(NOT_QUANTIZED))
-    return BitsAndBytesConfig(**arguments)
+def processor_place(folder: Path, otherwise: str) -> str:
+    """The run's own processor, also for a `checkpoint-N` in it."""
+    files = ("processor_config.json", "preprocessor_config.json")
+    for place in folders_of_run(folder) if folder.is_dir() else []:
+        if any((place / file).is_file() for file in files):
+            return str(place)
+    return otherwise
 
 
 def _name_of(part: str | PreTrainedModel, wanted: str) -> str:
@@ -412,6 +498,10 @@ def _name_of(part: str | PreTrainedModel, wanted: str) -> str:
             f"pass {wanted}=...: a model that was not loaded from a name does not say which one is its own."
         )
     return name
+
+
+def _shown(part: str | PreTrainedModel) -> str:
+    return part if isinstance(part, str) else part.config._name_or_path or type(part).__name__
 
 
 def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -429,6 +519,10 @@ def _load_part(part_class: Any, name: str, key: str, **kwargs: Any) -> Any:
     """Load one part by name; what goes wrong names the recipe key and the remedy."""
     try:
         return part_class.from_pretrained(name, **kwargs)
+    except ImportError as error:
+        raise RecipeError(
+            f"{key}={name}: {_first_line(error)} 4 and 8 bit need bitsandbytes: pip install 'vir-hf[gpu]', or quantization=none."
+        ) from error
     except (OSError, ValueError, KeyError) as error:
         raise RecipeError(
             f"{key}={name}: could not be loaded: {_first_line(error)} Expected a folder saved by save_pretrained or a Hub id "

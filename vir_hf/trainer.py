@@ -107,12 +107,22 @@ class LlavaTrainer(SFTTrainer):
         self._parameter_groups = parameter_groups
         self._since_log, self.totals = StepStatistics(), StepStatistics()
         self._log_time = time.perf_counter()
-        super().__init__(*args, **kwargs)
+        model = kwargs["model"] if "model" in kwargs else args[0]
+        learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        values = [parameter.data for parameter in learning]
+        # Upstream refuses a quantised model without an adapter; a projector beside 4-bit weights learns without one.
+        stands_in = bool(getattr(model, "is_quantized", False)) and not hasattr(model, "peft_config")
+        if stands_in:
+            model._hf_peft_config_loaded = True
+        try:
+            super().__init__(*args, **kwargs)
+        finally:
+            if stands_in:
+                model._hf_peft_config_loaded = False
         # TRL casts the trainable weights of a quantised model to bf16, where two thirds of small updates are lost.
-        if not self.is_deepspeed_enabled:
-            for parameter in self.model.parameters():
-                if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
-                    parameter.data = parameter.data.float()
+        for parameter, value in zip(learning, values, strict=True):
+            if parameter.dtype != value.dtype and parameter.shape == value.shape:
+                parameter.data = value.to(parameter.device)
 
     def get_train_dataloader(self) -> StepLoader:
         """One item a step; never sharded by accelerate, since the sampler already plans for this rank."""
@@ -139,7 +149,9 @@ class LlavaTrainer(SFTTrainer):
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
         """Supervised tokens of the whole step, over all ranks."""
         local = sum(
-            int((batch["labels"][..., 1:] != IGNORED).sum()) for step in batch_samples for batch in step["micro_batches"]
+            int((batch["labels"][..., 1:] != IGNORED).sum())
+            for step in batch_samples
+            for batch in step["micro_batches"]
         )
         count = torch.tensor(local, device=device)
         if self.args.world_size > 1:

@@ -15,13 +15,16 @@ import transformers
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from vir_hf import resume
+from vir_hf.audit import AUDIT_FILE, audit_as_dict, audit_model, print_audit
 from vir_hf.checkpoints import save_run
 from vir_hf.collator import LlavaDataCollator
 from vir_hf.conversations import encode_row
 from vir_hf.data import load_llava_dataset
 from vir_hf.errors import RecipeError
+from vir_hf.features import cache_for_training
 from vir_hf.llava.processing_llava import LlavaProcessor
-from vir_hf.loading import Precision, choose_precision, keep_base, load_model_and_processor
+from vir_hf.loading import Precision, choose_precision, describe_precision, keep_base, load_model_and_processor
+from vir_hf.merging import merged_base
 from vir_hf.progress import StepLines
 from vir_hf.sampling import RowSize, StepSampler
 from vir_hf.trainable import make_trainable, parameter_groups
@@ -42,20 +45,31 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> dict[str
         RecipeError: a recipe that cannot be run on this machine or on this layout.
         DataError: rows or pictures that cannot be trained on, by number and id.
     """
-    precision = choose_precision(recipe.model.dtype, use_cpu=bool(recipe.training.use_cpu))
+    precision = choose_precision(
+        recipe.model.dtype,
+        use_cpu=bool(recipe.training.use_cpu),
+        bf16=recipe.training.arguments.get("bf16"),
+        fp16=recipe.training.arguments.get("fp16"),
+    )
     arguments = training_arguments(recipe, precision)
     finished = resume.broadcast(resume.is_finished(recipe))
     if finished is not None:
         logger.warning("%s: this run is finished, nothing is left to do", arguments.output_dir)
         return dict(finished)
-    point = resume.choose(recipe, is_main=arguments.process_index == 0)
+    is_main = arguments.process_index == 0
+    point = resume.choose(recipe, is_main=is_main)
     set_seed(arguments.seed)
-    model, processor = load_model_and_processor(recipe, precision)
+    model, processor = load_model_and_processor(
+        recipe, precision, merged_base(recipe, resume.together, is_main_process=is_main)
+    )
     rows = load_rows(recipe)
     sampler = plan_steps(recipe, rows, processor, arguments.world_size, arguments.process_index)
-    keep_base(model, processor, recipe, is_main_process=arguments.process_index == 0)
-    model = make_trainable(model, recipe)
+    resume.together(lambda: keep_base(model, processor, recipe, is_main_process=is_main))
     collator = make_collator(recipe, processor)
+    collator.feature_lookup = cache_for_training(recipe, model.model, processor, rows, arguments.device)
+    model = make_trainable(model, recipe)
+    if is_main:
+        report_audit(model, recipe, describe_precision(precision, model, arguments.tf32))
     identity = resume.identify(
         rows, sampler, model, world_size=arguments.world_size, feature_lookup=collator.feature_lookup
     )
@@ -84,11 +98,20 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> dict[str
     return metrics
 
 
+def report_audit(model: Any, recipe: Recipe, precision: str) -> None:
+    """Print what is loaded and what learns, and save it as `audit.json`."""
+    lines = audit_model(model, recipe)
+    print_audit(lines, precision)
+    write_json(Path(recipe.training.output_dir) / AUDIT_FILE, audit_as_dict(lines, precision))
+
+
 def load_rows(recipe: Recipe) -> Dataset:
     """Return the training rows, pictures as references; bad rows raise or are left out as the recipe says."""
     data = recipe.data
     if data.data_path is None:
-        raise RecipeError("data.data_path: not set; name a LLaVA JSON file: data.data_path=rows.json data.image_folder=images")
+        raise RecipeError(
+            "data.data_path: not set; name a LLaVA JSON file: data.data_path=rows.json data.image_folder=images"
+        )
     return load_llava_dataset(
         data.data_path,
         data.image_folder,
@@ -127,6 +150,7 @@ def training_arguments(recipe: Recipe, precision: Precision) -> Any:
     """Return TRL's config: the recipe's arguments, and what the machine and the data path decide."""
     training = recipe.training
     use_cpu = not torch.cuda.is_available() or bool(training.use_cpu)
+    has_tf32 = True if not use_cpu and torch.cuda.get_device_capability()[0] >= 8 else None
     arguments = training.sft_arguments()
     arguments.setdefault("report_to", "none")
     arguments.setdefault("logging_steps", 1)
@@ -145,7 +169,7 @@ def training_arguments(recipe: Recipe, precision: Precision) -> Any:
         use_cpu=use_cpu,
         bf16=precision.autocast == "bf16",
         fp16=precision.autocast == "fp16",
-        tf32=True if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8 else None,
+        tf32=arguments.pop("tf32", None) if "tf32" in arguments else has_tf32,
         # A step is one item of our loader; the micro-batches are inside it.
         gradient_accumulation_steps=1,
         per_device_train_batch_size=training.per_device_train_batch_size,
@@ -164,9 +188,7 @@ def default_num_workers() -> int:
     return max(0, min(8, cores // local_ranks - 1))
 
 
-def plan_steps(
-    recipe: Recipe, rows: Dataset, processor: LlavaProcessor, world_size: int, rank: int
-) -> StepSampler:
+def plan_steps(recipe: Recipe, rows: Dataset, processor: LlavaProcessor, world_size: int, rank: int) -> StepSampler:
     """Return this rank's plan of every optimizer step.
 
     Raises:
@@ -245,7 +267,8 @@ def summarise(trainer: LlavaTrainer, recipe: Recipe) -> dict[str, Any]:
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "is_finished": True,
         "loss_history": [
-            {"step": entry["step"], "loss": entry["loss"], "learning_rate": entry.get("learning_rate")} for entry in history
+            {"step": entry["step"], "loss": entry["loss"], "learning_rate": entry.get("learning_rate")}
+            for entry in history
         ],
     }
 
@@ -256,5 +279,3 @@ def write_json(path: Path, value: Any) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)
-
-

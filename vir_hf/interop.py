@@ -1,0 +1,171 @@
+"""Projector files of every origin: ours, a run's, an adapter's, llava-hf's and the original LLaVA's `mm_projector.bin`."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from vir_hf.errors import RecipeError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+PROJECTOR_FILE = "projector.safetensors"
+ORIGINAL_PROJECTOR_FILE = "mm_projector.bin"
+_KEY = "model.pretrained_projector"
+# Files of a run that may hold a projector, the one that holds nothing else first.
+_CANDIDATES = (
+    PROJECTOR_FILE,
+    ORIGINAL_PROJECTOR_FILE,
+    "adapter_model.safetensors",
+    "model.safetensors",
+    "model.safetensors.index.json",
+)
+_WORDS = ("multi_modal_projector", "mm_projector")
+# The original keeps its layers in an nn.Sequential: linear, activation, linear ...
+_SEQUENTIAL = re.compile(r"^(\d+)\.(weight|bias)$")
+
+
+def projector_of(model: nn.Module) -> nn.Module:
+    """Return the projector that is in use: under PEFT the trained copy, not the one it started from."""
+    projector = model.get_base_model() if hasattr(model, "get_base_model") else model
+    projector = projector.model.multi_modal_projector
+    copies = getattr(projector, "modules_to_save", None)
+    if copies is None:
+        return projector
+    active = projector.active_adapter
+    return copies[active if isinstance(active, str) else active[0]]
+
+
+def save_projector(model: nn.Module, folder: Path) -> Path:
+    """Write `projector.safetensors` (keys `linear_1.weight` ...), which `model.pretrained_projector` picks up."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in projector_of(model).state_dict().items()}
+    path = folder / PROJECTOR_FILE
+    save_file(state, path, metadata={"format": "pt"})
+    return path
+
+
+def load_projector(model: nn.Module, source: str | Path) -> None:
+    """Put the weights of a projector file into a model that is not yet wrapped by PEFT.
+
+    Args:
+        source: a file or folder, see `read_projector`.
+
+    Raises:
+        RecipeError: no projector is found, or it is of another shape.
+    """
+    projector = projector_of(model)
+    found, path = read_projector(source)
+    expected = dict(projector.named_parameters())
+    wrong = [
+        f"{name} {tuple(found[name].shape) if name in found else 'missing'}, expected {tuple(parameter.shape)}"
+        for name, parameter in expected.items()
+        if name not in found or found[name].shape != parameter.shape
+    ]
+    wrong += [f"{name}, which this projector does not have" for name in sorted(set(found) - set(expected))]
+    if wrong:
+        raise RecipeError(
+            f"{_KEY}={source}: {path.name} does not fit this model: {'; '.join(wrong[:3])}. Its weights are (output width, input "
+            "width): the language model's hidden size and the vision tower's. Name the projector that was trained with these "
+            "two parts and this model.projector_type."
+        )
+    with torch.no_grad():
+        for name, parameter in expected.items():
+            parameter.copy_(found[name])
+
+
+def read_projector(source: str | Path) -> tuple[dict[str, torch.Tensor], Path]:
+    """Return a projector's weights under our names, and the file they came from.
+
+    Args:
+        source: `projector.safetensors`, LLaVA's `mm_projector.bin`, any safetensors file with a projector in it, or a folder
+            (a run, a checkpoint) that holds one of them.
+
+    Raises:
+        RecipeError: there is no such file, or no projector in it.
+    """
+    path = Path(source)
+    if path.is_dir():
+        inside = [path / name for name in _CANDIDATES if (path / name).is_file()]
+        if not inside:
+            raise RecipeError(
+                f"{_KEY}={source}: the folder holds none of {', '.join(_CANDIDATES)}. Name the output directory of a pretrain "
+                "run that has ended, or a projector file."
+            )
+        path = inside[0]
+    elif not path.is_file():
+        raise RecipeError(
+            f"{_KEY}={source}: there is no such file or folder. Run the pretrain stage first (it writes {PROJECTOR_FILE} into "
+            "its training.output_dir), or name LLaVA's mm_projector.bin."
+        )
+    state = {_our_name(key): value for key, value in _projector_tensors(path).items()}
+    if not state:
+        raise RecipeError(f"{_KEY}={source}: {path.name} holds no projector; expected keys such as linear_1.weight.")
+    return state, path
+
+
+def to_original(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a projector's weights under the original LLaVA's names, as `torch.save`d into `mm_projector.bin`."""
+    if {name.split(".")[0] for name in state} == {"linear_1"}:
+        return {f"model.mm_projector.{name.split('.')[1]}": value for name, value in state.items()}
+    return {
+        f"model.mm_projector.{2 * (int(name.split('.')[0].removeprefix('linear_')) - 1)}.{name.split('.')[1]}": value
+        for name, value in state.items()
+    }
+
+
+def _projector_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of the projector in a file, by the names they have there."""
+    try:
+        if path.suffix == ".json":
+            shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+            files = sorted({shard for key, shard in shards.items() if _is_projector(key)})
+            return {key: value for file in files for key, value in _projector_tensors(path.with_name(file)).items()}
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as opened:
+                keys = list(opened.keys())
+                chosen = [key for key in keys if _is_projector(key) or path.name == PROJECTOR_FILE or _is_plain(keys)]
+                return {key: opened.get_tensor(key) for key in chosen}
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
+        raise RecipeError(f"{_KEY}: {path} cannot be read as a weights file: {error}") from error
+    except pickle.UnpicklingError as error:
+        raise RecipeError(
+            f"{_KEY}: {path} is not a plain file of tensors, and only such are loaded, since a pickle can run code. Save the "
+            "projector's state dict alone, best as safetensors."
+        ) from error
+    if not isinstance(state, dict):
+        raise RecipeError(f"{_KEY}: {path} holds a {type(state).__name__}, expected a dictionary of tensors.")
+    tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    return {key: value for key, value in tensors.items() if _is_projector(key) or _is_plain(list(tensors))}
+
+
+def _is_projector(key: str) -> bool:
+    return any(word in key.split(".") for word in _WORDS)
+
+
+def _is_plain(keys: list[str]) -> bool:
+    """Whether a file holds nothing but the layers of one projector, without a prefix."""
+    return all(re.fullmatch(r"(linear_\d\.|\d\.|)(weight|bias)", key) for key in keys)
+
+
+def _our_name(key: str) -> str:
+    words = key.split(".")
+    for word in _WORDS:
+        if word in words:
+            words = words[words.index(word) + 1 :]
+    if words[:1] == ["modules_to_save"]:
+        words = words[2:]  # modules_to_save.<adapter>
+    name = ".".join(words)
+    numbered = _SEQUENTIAL.match(name)
+    if numbered:
+        return f"linear_{int(numbered[1]) // 2 + 1}.{numbered[2]}"
+    return f"linear_1.{name}" if name in ("weight", "bias") else name
