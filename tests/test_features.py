@@ -1,0 +1,161 @@
+"""The cache of frozen-tower features."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny
+from vir_hf import LlavaDataCollator, RecipeError, build, load_llava_dataset
+from vir_hf.features import FeatureCache, cache_identity, distinct_pictures, fill_cache
+from vir_hf.recipe import load_recipe
+from vir_hf.training import train
+
+
+@pytest.fixture(scope="module")
+def parts(tiny_parts: Path):
+    torch.manual_seed(0)
+    model, processor = build(str(tiny_parts / "lm"), str(tiny_parts / "tower"), "vicuna_v1")
+    rows = load_llava_dataset(tiny_parts / "rows.json", tiny_parts / "images", decode_images=False)
+    return model.model.eval(), processor, rows
+
+
+def test_cached_features_are_the_towers_own(parts, tmp_path: Path) -> None:
+    model, processor, rows = parts
+    cache = FeatureCache(tmp_path, cache_identity(model, processor))
+    sources = distinct_pictures(rows)
+    assert sum(fill_cache(cache, model, processor, sources, batch_size=4)) == len(sources) == len(cache)
+    collator = LlavaDataCollator(processor)
+    for source in sources:
+        with torch.no_grad():
+            expected = model.encode_images(collator.preprocess(source).unsqueeze(0))[0]
+        assert torch.allclose(cache(source), expected, atol=1e-6)
+    assert list(fill_cache(cache, model, processor, sources)) == []  # nothing is encoded twice
+    again = FeatureCache(tmp_path, cache_identity(model, processor))
+    assert len(again) == len(sources) and torch.equal(again(sources[0]), cache(sources[0]))
+
+
+def test_a_batch_with_cached_features_opens_no_picture(parts, tmp_path: Path) -> None:
+    model, processor, rows = parts
+    cache = FeatureCache(tmp_path, cache_identity(model, processor))
+    list(fill_cache(cache, model, processor, distinct_pictures(rows)))
+
+    def refuse(source):
+        raise AssertionError("a picture was opened")
+
+    batch = LlavaDataCollator(processor, feature_lookup=cache, preprocess=refuse)(list(rows)[:4])
+    assert "pixel_values" not in batch
+    plain = LlavaDataCollator(processor)(list(rows)[:4])
+    batch.pop("labels"), plain.pop("labels")
+    with torch.no_grad():
+        ours, theirs = model(**batch).last_hidden_state, model(**plain).last_hidden_state
+    assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_another_tower_dtype_or_preprocessing_is_refused_by_name(parts, tmp_path: Path) -> None:
+    model, processor, _ = parts
+    identity = cache_identity(model, processor)
+    FeatureCache(tmp_path, identity)
+    for key, value in (("tower", "0" * 64), ("dtype", "bfloat16"), ("image_processor", {"do_pad": False})):
+        with pytest.raises(RecipeError, match=f"made with another {key}"):
+            FeatureCache(tmp_path, {**identity, key: value})
+
+
+def test_the_identity_follows_the_weights_that_features_depend_on(parts) -> None:
+    model, processor, _ = parts
+    before = cache_identity(model, processor)["tower"]
+    with torch.no_grad():
+        model.vision_tower.post_layernorm.weight.add_(1)  # no feature of layer -2 depends on it
+        assert cache_identity(model, processor)["tower"] == before
+        model.vision_tower.encoder.layers[0].mlp.fc1.bias.add_(1e-3)
+        assert cache_identity(model, processor)["tower"] != before
+        model.vision_tower.encoder.layers[0].mlp.fc1.bias.sub_(1e-3)
+        model.vision_tower.post_layernorm.weight.sub_(1)
+
+
+def _write_some(folder: str, identity: dict, sources: list, numbers: list[int]) -> None:
+    cache = FeatureCache(folder, identity)
+    for number in numbers:
+        cache.add(sources[number], torch.full(cache.shape, float(number)))
+    cache.flush()
+
+
+def test_several_writers_at_once_lose_nothing(parts, tmp_path: Path) -> None:
+    model, processor, rows = parts
+    identity, sources = cache_identity(model, processor), distinct_pictures(rows)
+    context = multiprocessing.get_context("fork")
+    writers = [
+        context.Process(target=_write_some, args=(str(tmp_path), identity, sources, list(range(rank, len(sources), 2))))
+        for rank in range(2)
+    ]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(60)
+        assert writer.exitcode == 0
+    cache = FeatureCache(tmp_path, identity)
+    assert [float(cache(source)[0, 0]) for source in sources] == list(range(len(sources)))
+
+
+def test_an_entry_cut_short_is_not_seen(parts, tmp_path: Path) -> None:
+    model, processor, rows = parts
+    identity, sources = cache_identity(model, processor), distinct_pictures(rows)
+    _write_some(str(tmp_path), identity, sources, [0, 1])
+    (index,) = tmp_path.glob("*.index")
+    whole = index.read_bytes()
+    index.write_bytes(whole[:-3])  # killed in the middle of the second line
+    cache = FeatureCache(tmp_path, identity)
+    assert len(cache) == 1 and cache(sources[1]) is None and cache(sources[0]) is not None
+
+
+def test_a_picture_that_changes_is_encoded_anew(parts, tmp_path: Path) -> None:
+    from PIL import Image
+
+    model, processor, _ = parts
+    cache = FeatureCache(tmp_path / "cache", cache_identity(model, processor))
+    path = tmp_path / "a.png"
+    Image.new("RGB", (30, 30), "red").save(path)
+    source = {"path": str(path), "bytes": None}
+    list(fill_cache(cache, model, processor, [source]))
+    assert source in cache
+    Image.new("RGB", (31, 30), "blue").save(path)
+    assert source not in cache
+
+
+def test_a_full_disk_is_seen_before_the_first_picture(parts, tmp_path: Path) -> None:
+    model, processor, _ = parts
+    cache = FeatureCache(tmp_path, cache_identity(model, processor))
+    assert "6 pictures" in cache.check_disk(6)
+    with pytest.raises(RecipeError, match="GB free"):
+        cache.check_disk(10**12)
+
+
+def test_training_with_the_cache_has_the_losses_of_training_without(tiny_parts: Path, tmp_path: Path) -> None:
+    changes = {"training.max_steps": 4, "training.seed": 3}
+    losses = []
+    for name, extra in (("plain", {}), ("cached", {"training.feature_cache": "true"})):
+        overrides = tiny.training_overrides(tiny_parts, tmp_path / name, **changes, **extra)
+        losses.append([entry["loss"] for entry in train(load_recipe(overrides))["loss_history"]])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert list((tmp_path / "cached" / "feature_cache").glob("*.features"))
+
+
+def test_the_command_fills_the_cache(tiny_parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from vir_hf.commands.cache_features import main
+
+    overrides = tiny.training_overrides(tiny_parts, tmp_path / "out", **{"training.feature_cache": tmp_path / "features"})
+    assert main([*overrides, "--json", "-"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["num_pictures"] == 6 and figures["bytes_per_picture"] == 4 * 32 * 4
+
+
+def test_a_trained_tower_and_a_cache_exclude_each_other(tiny_parts: Path, tmp_path: Path) -> None:
+    overrides = tiny.training_overrides(
+        tiny_parts, tmp_path, **{"training.feature_cache": "true", "trainable.vision_tower": "full"}
+    )
+    with pytest.raises(RecipeError, match="feature_cache"):
+        load_recipe(overrides)

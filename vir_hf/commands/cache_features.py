@@ -1,0 +1,56 @@
+"""`vir-hf data cache-features`: encode every picture of a recipe's data once, ahead of training."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Fill the recipe's feature cache; what is there already is kept. Returns 0."""
+    parser = argparse.ArgumentParser(
+        prog="vir-hf data cache-features",
+        description="Run the recipe's frozen vision tower over every picture once and keep its features on disk. Training "
+        "with training.feature_cache=FOLDER then opens no picture. A run cut short goes on where it stopped.",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="experiment=NAME and section.key=value")
+    parser.add_argument("--recipe", help="a recipe.yaml that a run has written")
+    parser.add_argument("--json", metavar="FILE", help="write the figures to a file, or - for standard output")
+    options = parser.parse_args(argv)
+
+    from vir_hf.recipe import load_recipe
+
+    recipe = load_recipe(options.overrides, recipe_file=options.recipe)
+    if not recipe.training.feature_cache:
+        recipe.training.feature_cache = True
+
+    from vir_hf.features import cache_for_training
+    from vir_hf.loading import choose_precision, load_model_and_processor
+    from vir_hf.training import load_rows, training_arguments
+
+    precision = choose_precision(recipe.model.dtype, use_cpu=bool(recipe.training.use_cpu))
+    arguments = training_arguments(recipe, precision)
+    model, processor = load_model_and_processor(recipe, precision)
+    cache = cache_for_training(recipe, model.model, processor, load_rows(recipe), arguments.device)
+    assert cache is not None
+    figures = {
+        "folder": str(cache.folder),
+        "num_pictures": len(cache),
+        "bytes_per_picture": cache.bytes_per_image,
+        "bytes": len(cache) * cache.bytes_per_image,
+    }
+    if options.json == "-":
+        print(json.dumps(figures, indent=2))
+    else:
+        print(f"{len(cache)} pictures, {figures['bytes'] / 1e9:.3f} GB in {cache.folder}")
+        print(f"next: vir-hf train ... training.feature_cache={cache.folder}")
+    if options.json and options.json != "-":
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump(figures, file, indent=2)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
