@@ -398,7 +398,7 @@ texts = st.text(st.sampled_from(list("ab 12.\n\t</s>é狗🐶")), max_size=12) |
         "[/INST]",
     ]
 )
-answers = texts | st.sampled_from(["<image>", "see <image>\n", "</s></s>"])
+answers = texts | st.sampled_from(["<think>\nhm\n</think>\n\nA", "<image>", "see <image>\n", "</s></s>"])
 
 
 @st.composite
@@ -474,6 +474,30 @@ def test_labels_cover_exactly_the_answers_and_their_ends(kind: str, template: st
     assert encoded["input_ids"].count(processor.image_token_id) == NUM_IMAGE_TOKENS * len(row["image"])
     assert encoded["labels"][0] == IGNORE
     assert len(encoded["labels"]) == len(encoded["input_ids"])
+
+
+@pytest.mark.parametrize("name", [*TEMPLATES, *AUTO_TEMPLATES])
+@given(row=conversations())
+@FAST
+def test_text_read_is_the_text_rendered(name: str, row: dict[str, Any]) -> None:
+    """Byte-level: decoded ids are, letter by letter, what stock transformers renders for the same messages."""
+    processor = (
+        tiny("bytes_with_turns", name) if name in TEMPLATES else tiny("bytes_with_turns", "auto", AUTO_TEMPLATES[name])
+    )
+    messages = to_messages(row)["messages"]
+    try:
+        encoded = encode_row(row, processor, expand_images=False)
+    except DataError as error:
+        assert name == "strict"
+        assert "roles must alternate" in str(error)
+        assert {messages[0]["role"], messages[-1]["role"]} & {"system", "assistant"}
+        return
+    rendered = processor.tokenizer.apply_chat_template(messages, chat_template=processor.chat_template, tokenize=False)
+    if name == "open" and messages[-1]["role"] == "assistant" and messages[-1]["content"][0]["text"]:
+        rendered = rendered[:-2] + "</s>"  # the end that the template lacks
+    if name == "parts" and messages[-1]["role"] == "assistant" and messages[-1]["content"][0]["text"]:
+        rendered = rendered[:-1] + "</s>"
+    assert decode(processor.tokenizer, encoded["input_ids"]) == rendered
 
 
 @pytest.mark.parametrize("template", ["vicuna_v1", "chatml", "llama_2", "llama_3", "auto"])
@@ -719,6 +743,39 @@ class TestAutoTemplates:
         )
         with pytest.raises(DataError, match="cannot be told apart"):
             encode_row(llava_row("q", "a cat"), make_processor(make_tokenizer("bytes"), "auto", shouts))
+
+    def test_template_that_writes_the_time_is_found_anew(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        dated = "<|im_start|>system\n{{ strftime_now('%Y') }}<|im_end|>\n" + AUTO_TEMPLATES["chatml"]
+        processor = tiny("bytes_with_turns", "auto", dated)
+        before = encode_row(llava_row("q", "Blue"), processor)
+        later = dated.replace("strftime_now('%Y')", "'2099'")
+        import vir_hf.chat_layout as chat_layout
+
+        render = chat_layout.render
+        monkeypatch.setattr(
+            chat_layout,
+            "render",
+            lambda tokenizer, chat_template, messages, prompt=False: render(
+                tokenizer, chat_template.replace("strftime_now('%Y')", "'2099'"), messages, prompt
+            ),
+        )
+        after = encode_row(llava_row("q", "Blue"), processor)
+        assert later != dated
+        assert "2099" in decode(processor.tokenizer, after["input_ids"])
+        assert learned_texts(after, processor) == learned_texts(before, processor) == ["Blue<|im_end|>"]
+
+    def test_image_word_in_a_string_is_tokenised_as_an_image_part(self) -> None:
+        """Servers flatten parts into strings; the ids must be those of training all the same."""
+        processor = tiny("metaspace", "vicuna_v1")
+        parts = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
+        string = [{"role": "user", "content": "<image>\nWhat?"}]
+        as_parts, as_string = (
+            processor.tokenizer.apply_chat_template(
+                messages, chat_template=processor.chat_template, add_generation_prompt=True, return_dict=False
+            )
+            for messages in (parts, string)
+        )
+        assert as_parts == as_string
 
     def test_template_from_elsewhere_gets_the_bos_that_the_processor_adds(self) -> None:
         """A template with parts and no BOS, as llava-hf's: transformers' processor lets the tokenizer add BOS."""

@@ -129,6 +129,8 @@ class ChatLayout:
         if self.reads_contents:
             rendered = self._render_messages(tokenizer, messages, prompt)
             if rendered != _join(skeleton.literals, [texts[slot] for slot in skeleton.slots]):
+                # Found anew, because some templates write the date.
+                skeleton = self._skeletons[shape, prompt] = self._skeleton(tokenizer, shape, prompt)
                 pieces, texts = self._read_again(tokenizer, skeleton, texts, rendered)
         return [
             Piece(texts[piece.slot], is_data=True, answer=piece.answer) if piece.slot >= 0 else piece
@@ -223,26 +225,28 @@ class ChatLayout:
     ) -> tuple[list[Piece], list[str]]:
         """Return pieces and texts as a template that looks at texts writes them: each text is rendered among sentinels."""
         shape, slots = skeleton.shape, skeleton.slots
-        literals, texts, changed = list(skeleton.literals), list(texts), True
+        literals, written = list(skeleton.literals), list(texts)
         for index, slot in enumerate(slots):
             alone = _with_sentinels(shape, real={slot: texts[slot]})
             parts = _SENTINEL.split(self._render_messages(tokenizer, alone, skeleton.prompt))
             before, after = skeleton.literals[index], skeleton.literals[index + 1]
-            if [int(other) for other in parts[1::2]] != slots[:index] + slots[index + 1 :]:
-                changed = False
+            others = slots[:index] + slots[index + 1 :]
+            if [int(other) for other in parts[1::2]] != others or not parts[2 * index].endswith(after):
                 break
-            written = parts[2 * index]
-            if not written.endswith(after):
-                changed = False
-                break
-            written = written[: len(written) - len(after)]
-            same = len(os.path.commonprefix([written, before]))
-            literals[index], texts[slot] = before[:same], written[same:]
-        if not changed or rendered != _join(literals, [texts[slot] for slot in slots]):
-            raise DataError(
-                f"the chat template rewrites this conversation so that its answers cannot be told apart. {_OTHER_TEMPLATE}."
-            )
-        return self._cut(skeleton, literals), texts
+            between = parts[2 * index][: len(parts[2 * index]) - len(after)]
+            same = len(os.path.commonprefix([between, before]))
+            literals[index], written[slot] = before[:same], between[same:]
+            if self._num_specials(written[slot]) > self._num_specials(texts[slot]):
+                break  # the template's own words are among them
+        else:
+            if rendered == _join(literals, [written[slot] for slot in slots]):
+                return self._cut(skeleton, literals), written
+        raise DataError(
+            f"the chat template rewrites this conversation so that its answers cannot be told apart. {_OTHER_TEMPLATE}."
+        )
+
+    def _num_specials(self, text: str) -> int:
+        return len(self.specials_pattern.findall(text)) if self.specials_pattern else 0
 
 
 def _guard(tokenizer: Any, image_token: str) -> list[int]:

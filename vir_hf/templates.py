@@ -12,13 +12,14 @@ from typing import Any
 
 from vir_hf.errors import RecipeError
 
-# Every template begins with what chat_template_for writes in front: vir_image (the image token), vir_start (BOS, where
+# Every template begins with what chat_template_for writes in front: vir_token (the image token), vir_image (the same,
+# and the space that LLaVA's way of tokenising puts after it), vir_start (BOS, where
 # the tokenizer wants one), vir_pad, vir_end (what closes a turn) and vir_write, which turns a content list into text.
 # One image of a turn goes to its front; images that lead a turn stand on a line each; other images stay where they are.
 _WRITE = r"""
 {%- macro vir_write(content) -%}
     {%- if content is string -%}
-        {{- content -}}
+        {{- content | replace(vir_token, vir_image) -}}
     {%- else -%}
         {%- set images = content | selectattr('type', 'equalto', 'image') | list -%}
         {%- set texts = content | selectattr('type', 'equalto', 'text') | list -%}
@@ -215,7 +216,7 @@ def chat_template_for(template: str, tokenizer: Any, image_token: str = "<image>
         raise RecipeError(
             f"template {template!r} closes a turn with EOS, and this tokenizer has none. Set its eos_token."
         )
-    values = {"vir_image": image, "vir_start": start, "vir_pad": pad, "vir_end": end or ""}
+    values = {"vir_token": image_token, "vir_image": image, "vir_start": start, "vir_pad": pad, "vir_end": end or ""}
     sets = "".join(f"{{%- set {name} = {json.dumps(value, ensure_ascii=False)} -%}}" for name, value in values.items())
     return _MARK + sets + _WRITE + body
 
