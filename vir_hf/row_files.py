@@ -172,6 +172,7 @@ class _Window:
         self.text = ""
         self.position = 0
         self._lines_before = 1
+        self._columns_before = 0
         self._bytes_before = 0
         self._counted = 0  # up to this position of the text, its bytes are in _bytes_before
         self._is_at_end = False
@@ -186,6 +187,7 @@ class _Window:
             self._is_at_end = True
             return False
         self._lines_before += self.text.count("\n", 0, self.position)
+        self._columns_before = self.column(self.position) - 1
         self.byte()
         self._counted = 0
         self.text = self.text[self.position :] + chunk
@@ -204,6 +206,11 @@ class _Window:
         """Return the line number, counted from 1, of a position in the window."""
         return self._lines_before + self.text.count("\n", 0, self.position if position is None else position)
 
+    def column(self, position: int) -> int:
+        """Return the place in its line, counted from 1, of a position in the window."""
+        line_start = self.text.rfind("\n", 0, position) + 1
+        return position - line_start + 1 + (0 if line_start else self._columns_before)
+
     def byte(self) -> int:
         """Return the byte of the file this position is at; asked after every row, it costs one pass over the text."""
         self._bytes_before += len(self.text[self._counted : self.position].encode())
@@ -221,11 +228,9 @@ class _Window:
             except json.JSONDecodeError as error:
                 if self._may_be_cut(error) and self._read_more():
                     continue
-                line = self.line(error.pos)
-                column = error.pos - self.text.rfind("\n", 0, error.pos)
+                place = f"line {self.line(error.pos)}, column {self.column(error.pos)}"
                 raise DataError(
-                    f"{self.path}: line {line}, column {column}: malformed JSON in row {number} ({error.msg}). Mend that line; "
-                    f"{_EXPECTED}."
+                    f"{self.path}: {place}: malformed JSON in row {number} ({error.msg}). Mend that line; {_EXPECTED}."
                 ) from None
             except (RecursionError, ValueError) as error:
                 raise DataError(f"{self.path}: line {self.line()}: row {number} cannot be read ({error}).") from None

@@ -1,0 +1,124 @@
+"""Reading data files: every layout of JSON gives its rows, every fault names its line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vir_hf import row_files
+from vir_hf.errors import DataError
+from vir_hf.row_files import find_data_files, read_rows, split_rows
+
+ROWS = [{"id": str(i), "text": 'ä€\U0001f600 "q" \\ \n' * (i % 7), "deep": [{"n": i}, None]} for i in range(57)]
+
+
+def layouts() -> dict[str, str]:
+    return {
+        "list.json": json.dumps(ROWS),
+        "pretty.json": json.dumps(ROWS, indent=2, ensure_ascii=False),
+        "windows.json": json.dumps(ROWS, indent=1).replace("\n", "\r\n"),
+        "lines.jsonl": "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS) + "\n",
+        "blank_lines.jsonl": "\n\n".join(json.dumps(row) for row in ROWS),
+        "lines_called.json": "\n".join(json.dumps(row) for row in ROWS),
+        "list_called.jsonl": json.dumps(ROWS),
+        "with_mark.json": "\ufeff" + json.dumps(ROWS),
+    }
+
+
+@pytest.mark.parametrize("name", layouts())
+@pytest.mark.parametrize("chunk", [7, 100, 2**22])
+def test_every_layout_gives_the_rows_whatever_the_window(tmp_path: Path, monkeypatch, name: str, chunk: int):
+    monkeypatch.setattr(row_files, "_CHUNK_CHARACTERS", chunk)
+    path = tmp_path / name
+    path.write_bytes(layouts()[name].encode())
+    assert list(read_rows(str(path))) == list(enumerate(ROWS))
+
+
+@pytest.mark.parametrize("name", layouts())
+@pytest.mark.parametrize("num_parts", [1, 2, 5, 57, 960])
+def test_parts_of_a_file_hold_every_row_once(tmp_path: Path, name: str, num_parts: int):
+    path = tmp_path / name
+    path.write_bytes(layouts()[name].encode())
+    parts = split_rows(str(path), num_parts)
+    assert len(parts) == min(num_parts, len(ROWS))
+    assert [row for part in parts for row in read_rows(str(path), part)] == list(enumerate(ROWS))
+
+
+def test_parquet_whole_and_in_row_groups(tmp_path: Path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = str(tmp_path / "rows.parquet")
+    pq.write_table(pa.Table.from_pylist(ROWS), path, row_group_size=10)
+    assert list(read_rows(path)) == list(enumerate(ROWS))
+    parts = split_rows(path, 960)
+    assert len(parts) == 6
+    assert [row for part in parts for row in read_rows(path, part)] == list(enumerate(ROWS))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is empty"),
+        ("  \n ", "is empty"),
+        ("[]", "holds no rows"),
+        ("hello", "starts with 'h'"),
+        ('[{"a": 1},\n {"b": 2,}\n]', "line 2, column"),  # Python 3.13 points at the comma
+        ('[\n{"a": 1},\n{"b" 2}]', "line 3, column 6: malformed JSON in row 1"),
+        ('{"a": 1}\n{"b": \n', "malformed JSON in row 1"),
+        ('[{"a": "line\nbreak"}]', "line 1, column 13: malformed JSON in row 0"),
+        ('[{"a": 1},\n{"b": 2}', "line 2: the file ends after row 1 without the closing ']'"),
+        ('[{"a": 1}, {"b": "cut sho', "malformed JSON in row 1"),
+        ('[{"a": 1}]\n[]', "line 2: text after the closing"),
+        ("[" * 100_000, "row 0 cannot be read"),
+        ('[{"a": ' + "1" * 5_000 + "}]", "row 0 cannot be read"),
+    ],
+)
+@pytest.mark.parametrize("chunk", [9, 2**22])
+def test_malformed_files_name_the_line(tmp_path: Path, monkeypatch, text: str, message: str, chunk: int):
+    monkeypatch.setattr(row_files, "_CHUNK_CHARACTERS", chunk)
+    path = tmp_path / "rows.json"
+    path.write_text(text)
+    with pytest.raises(DataError) as caught:
+        list(read_rows(str(path)))
+    assert message in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_a_fault_in_a_late_row_of_a_large_file_names_its_line(tmp_path: Path):
+    lines = [json.dumps({"id": i, "pad": "x" * 1_000}) for i in range(10_000)]
+    lines[9_000] = lines[9_000][:-1]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(lines))
+    with pytest.raises(DataError, match="malformed JSON in row 9000") as caught:
+        list(read_rows(str(path)))
+    assert "line 9002" in str(caught.value)  # where the next row begins in place of a comma or brace
+
+
+def test_bytes_that_are_no_text_or_no_parquet(tmp_path: Path):
+    (tmp_path / "latin.json").write_bytes('[{"a": "caf\xe9"}]'.encode("latin-1"))
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 nothing PAR1")
+    with pytest.raises(DataError, match="not UTF-8"):
+        list(read_rows(str(tmp_path / "latin.json")))
+    with pytest.raises(DataError, match="Parquet"):
+        list(read_rows(str(tmp_path / "broken.parquet")))
+    with pytest.raises(DataError, match="no such file"):
+        list(read_rows(str(tmp_path / "nothing.json")))
+
+
+def test_a_directory_a_glob_and_a_file_are_found_in_order(tmp_path: Path):
+    for name in ("b.json", "a.jsonl", "sub/c.parquet", "note.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+
+    def found(pattern: str) -> list[str]:
+        return [str(Path(path).relative_to(tmp_path)) for path in find_data_files(pattern)]
+
+    assert found(str(tmp_path)) == ["a.jsonl", "b.json", "sub/c.parquet"]
+    assert found(str(tmp_path / "*.json*")) == ["a.jsonl", "b.json"]
+    assert found(str(tmp_path / "**/*.parquet")) == ["sub/c.parquet"]
+    assert found(str(tmp_path / "b.json")) == ["b.json"]
+    for nothing in ("nothing.json", "*.csv", "sub/none"):
+        with pytest.raises(DataError, match="no data file found"):
+            find_data_files(str(tmp_path / nothing))
