@@ -1,0 +1,123 @@
+"""`vir-hf doctor`: what this machine has, and the proof that fast batches equal single rows on the user's own model."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from importlib import metadata, util
+from typing import Any
+
+_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "deepspeed", "flash_attn")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Return 0 if everything looked at is well, 1 if batches differ from single rows."""
+    parser = argparse.ArgumentParser(
+        prog="vir-hf doctor",
+        description="Show what this machine has. With a recipe (experiment=NAME data.data_path=...) also prove, on its model, "
+        "processor and rows in fp32, that padding-free batches with shared prefixes have the loss and the gradients of the "
+        "rows one at a time.",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="experiment=NAME and section.key=value")
+    parser.add_argument("--recipe", help="a recipe.yaml that a run has written")
+    parser.add_argument("--rows", type=int, default=8, help="rows to compare (default 8)")
+    parser.add_argument("--json", metavar="FILE", help="write the findings to a file, or - for standard output")
+    options = parser.parse_args(argv)
+    recipe = None
+    if options.overrides or options.recipe:
+        from vir_hf.recipe import load_recipe
+
+        recipe = load_recipe(options.overrides, recipe_file=options.recipe)
+    findings: dict[str, Any] = {"machine": machine()}
+    if recipe is not None:
+        findings["comparisons"] = prove(recipe, options.rows)
+    if options.json != "-":
+        show(findings)
+    if options.json:
+        text = json.dumps(findings, indent=2)
+        if options.json == "-":
+            print(text)
+        else:
+            with open(options.json, "w", encoding="utf-8") as file:
+                file.write(text + "\n")
+    return 0 if all(entry["is_exact"] for entry in findings.get("comparisons", [])) else 1
+
+
+def machine() -> dict[str, Any]:
+    """Return versions and what the accelerator can do."""
+    import torch
+
+    found: dict[str, Any] = {"python": platform.python_version(), "system": platform.platform()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        found["gpu"] = f"{torch.cuda.device_count()} x {properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+        found["bf16"] = properties.major >= 8
+        has_flash = util.find_spec("flash_attn") is not None
+        found["attention"] = "flash_attn" if has_flash else "varlen" if properties.major >= 8 else "flex"
+    else:
+        found["gpu"], found["attention"] = None, "sdpa, one call a segment"
+    found["simplejpeg"] = util.find_spec("simplejpeg") is not None
+    return found
+
+
+def prove(recipe: Any, num_rows: int) -> list[dict[str, Any]]:
+    """Return how far each way to make batches is from rows one at a time, on the recipe's own parts."""
+    import torch
+
+    from vir_hf.exactness import compare_ways
+    from vir_hf.loading import Precision, load_model_and_processor
+    from vir_hf.trainable import make_trainable
+    from vir_hf.training import load_rows
+
+    recipe.quantization.arguments.clear()  # 4-bit weights compute in 16 bit, too coarse for a proof
+    torch.manual_seed(0)
+    model, processor = load_model_and_processor(recipe, Precision(torch.float32, None, "a proof is in fp32"))
+    rows = load_rows(recipe)
+    trained = make_trainable(model, recipe)
+    if torch.cuda.is_available() and not recipe.training.use_cpu:
+        trained = trained.to("cuda")
+    if recipe.training.gradient_checkpointing:
+        trained.enable_input_require_grads()
+        trained.activation_checkpointing_enable({"use_reentrant": False})
+    chosen = [rows[number] for number in range(min(num_rows, len(rows)))]
+    comparisons = compare_ways(trained, processor, chosen, recipe.training.max_length)
+    return [{**dataclasses.asdict(entry), "is_exact": entry.is_exact} for entry in comparisons]
+
+
+def show(findings: dict[str, Any]) -> None:
+    """Print the findings as tables."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table("this machine", "", title=None)
+    for name, value in findings["machine"].items():
+        table.add_row(name, "not installed" if value is None else str(value))
+    console.print(table)
+    if "comparisons" in findings:
+        proof = Table("batches", "loss", "loss differs by", "gradients differ by", "tokens", "exact")
+        for entry in findings["comparisons"]:
+            proof.add_row(
+                entry["name"],
+                f"{entry['loss']:.6f}",
+                f"{entry['loss_difference']:.1e}",
+                f"{entry['gradient_difference']:.1e}",
+                str(entry["num_tokens"]),
+                "yes" if entry["is_exact"] else f"NO: {entry['worst_weight']}",
+            )
+        console.print(proof)
+    else:
+        console.print("To prove that fast batches change nothing: vir-hf doctor experiment=NAME data.data_path=rows.json")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""From rows to a plan: every row's size, measured once and kept, and the sampler that makes steps of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+from accelerate import PartialState
+
+from vir_hf.conversations import encode_row
+from vir_hf.errors import RecipeError
+from vir_hf.llava.processing_llava import LlavaProcessor
+from vir_hf.sampling import RowSize, StepSampler
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from vir_hf.recipe import Recipe
+
+# Below this many rows one process measures them sooner than several start.
+_ROWS_PER_PROCESS = 20_000
+
+
+def plan_steps(recipe: Recipe, rows: Dataset, processor: LlavaProcessor, world_size: int, rank: int) -> StepSampler:
+    """Return this rank's plan of every optimizer step.
+
+    Raises:
+        RecipeError: the global batch is no multiple of what the layout computes at once.
+    """
+    training = recipe.training
+    budget = training.max_tokens_per_batch
+    rows_per_step = global_batch_size(recipe, world_size)
+    return StepSampler(
+        row_sizes(rows, processor, training.max_length),
+        rows_per_step,
+        micro_batch_rows=None if budget else min(training.per_device_train_batch_size, rows_per_step // world_size),
+        max_tokens_per_batch=budget,
+        num_replicas=world_size,
+        rank=rank,
+        seed=training.seed if training.data_seed is None else training.data_seed,
+        group_by="image" if training.group_by_image else None,
+        balance_tokens=training.balance_tokens,
+        tokens_per_image=processor.num_image_tokens if training.padding_free and training.share_prefixes is not False else 0,
+        drop_last=bool(training.dataloader_drop_last),
+    )
+
+
+def global_batch_size(recipe: Recipe, world_size: int) -> int:
+    """Return how many rows an optimizer step holds on this layout.
+
+    Raises:
+        RecipeError: rows a micro-batch, micro-batches and processes do not multiply to `training.global_batch_size`.
+    """
+    training = recipe.training
+    per_device, wanted = training.per_device_train_batch_size, training.global_batch_size
+    accumulation = training.arguments.get("gradient_accumulation_steps")
+    if wanted is None:
+        return int(per_device * (accumulation or 1) * world_size)
+    if accumulation is not None and per_device * accumulation * world_size != wanted:
+        fitting = [a for a in range(1, wanted + 1) if per_device * a * world_size == wanted]
+        raise RecipeError(
+            f"training.global_batch_size={wanted} rows a step, but training.per_device_train_batch_size={per_device} x "
+            f"training.gradient_accumulation_steps={accumulation} x {world_size} processes = "
+            f"{per_device * accumulation * world_size}. "
+            + (f"Set training.gradient_accumulation_steps={fitting[0]}, " if fitting else "Change one of the numbers, ")
+            + "or leave it out."
+        )
+    if wanted % world_size:
+        above = -(-wanted // world_size) * world_size
+        raise RecipeError(
+            f"training.global_batch_size={wanted} cannot be shared evenly by {world_size} processes. Set it to "
+            f"{above if above == world_size else f'{above - world_size} or {above}'}, or start another number of processes."
+        )
+    return int(wanted)
+
+
+def row_sizes(rows: Dataset, processor: LlavaProcessor, max_length: int | None) -> list[RowSize]:
+    """Return every row's size from its text and image count; no picture is opened.
+
+    One process a node measures, with all its cores, and keeps the result beside the rows' own cache; the others read it.
+    """
+
+    def measure(row: dict[str, Any]) -> dict[str, Any]:
+        encoding = encode_row(row, processor, max_length=max_length)
+        first = row["images"][0] if row["images"] else None
+        return {
+            "num_tokens": len(encoding["input_ids"]),
+            "num_images": encoding.get("num_images", len(row["images"])),
+            "image_key": None if first is None else _image_key(first),
+        }
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    num_proc = min(cores, len(rows) // _ROWS_PER_PROCESS)
+    with PartialState().local_main_process_first():
+        measured = rows.map(
+            measure,
+            remove_columns=rows.column_names,
+            num_proc=num_proc if num_proc > 1 else None,
+            # datasets cannot hash a tokenizer to the same value twice, so the cache is named by what sizes depend on.
+            new_fingerprint=_fingerprint(rows, processor, max_length),
+            desc="measuring rows",
+        )
+    columns = [measured[name] for name in ("num_tokens", "num_images", "image_key")]
+    return [RowSize(*values) for values in zip(*columns, strict=True)]
+
+
+def _image_key(image: dict[str, Any]) -> str:
+    return image.get("path") or hashlib.blake2b(image["bytes"], digest_size=16).hexdigest()
+
+
+def _fingerprint(rows: Dataset, processor: LlavaProcessor, max_length: int | None) -> str:
+    tokenizer = processor.tokenizer
+    content = [
+        rows._fingerprint,
+        processor.chat_template,
+        processor.template,
+        processor.num_image_tokens,
+        max_length,
+        hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+        if getattr(tokenizer, "is_fast", False)
+        else sorted(tokenizer.get_vocab().items()),
+        tokenizer.eos_token,
+        tokenizer.bos_token,
+    ]
+    return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()[:32]
