@@ -13,16 +13,13 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vir_hf.errors import RunError
-
-if TYPE_CHECKING:
-    from vir_hf.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -249,23 +246,14 @@ def what_is_left(output_dir: Path) -> str:
     return f"{found[0].path} is left as it was."
 
 
-@contextlib.contextmanager
-def staged(output_dir: Path, name: str) -> Iterator[Path]:
-    """Yield a staging folder that is removed if writing into it fails."""
-    staging = stage(output_dir, name)
-    try:
-        yield staging
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-
-
-def save_run(model: Any, processor: Any, recipe: Recipe, folder: Path) -> None:
-    """Write model (or adapter and projector), processor and the resolved recipe into a folder."""
-    from vir_hf.interop import save_projector  # here, so that listing checkpoints does not import torch
-
-    folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)
-    save_projector(model, folder)
-    processor.save_pretrained(folder)
-    recipe.save(folder / "recipe.yaml")
+def move_in(staging: Path) -> None:
+    """Sync a staging folder's files and move them, each by one rename, into the folder it lies in."""
+    for path in sorted(path for path in staging.rglob("*") if path.is_file()):
+        sync_file(path)
+    for path in sorted(staging.iterdir()):
+        target = staging.parent / path.name
+        if path.is_dir() and target.exists():
+            shutil.rmtree(target)
+        os.replace(path, target)
+    staging.rmdir()
+    sync_folder(staging.parent)

@@ -247,13 +247,12 @@ class StepDataset(Dataset[list[list[Any]]]):
         return len(self.rows)
 
     def __getitem__(self, plan: StepPlan) -> list[list[Any]]:  # type: ignore[override]
-        return [
-            [
-                self.rows[number] if number >= 0 else {**self.rows[-number - 1], "is_masked": True}
-                for number in micro_batch
-            ]
-            for micro_batch in plan.micro_batches
-        ]
+        return [[self._read(number) for number in micro_batch] for micro_batch in plan.micro_batches]
+
+    def _read(self, number: int) -> dict[str, Any]:
+        if number >= 0:
+            return {**self.rows[number], "row_number": number}
+        return {**self.rows[-number - 1], "row_number": number, "is_masked": True}
 
 
 class StepLoader(DataLoader[Any]):
@@ -282,4 +281,9 @@ class StepCollator:
 
     def __call__(self, steps: list[list[list[Any]]]) -> dict[str, Any]:
         (step,) = steps
-        return {"micro_batches": [self.collator(rows) for rows in step]}
+        return {"micro_batches": [collate(rows, self.collator) for rows in step]}
+
+
+def collate(rows: list[Any], collator: Callable[[list[Any]], dict[str, Any]]) -> dict[str, Any]:
+    """Return one batch that also says, in `row_numbers`, which rows of the data set it holds."""
+    return {**collator(rows), "row_numbers": [row["row_number"] for row in rows]}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from vir_hf.recipe import RecipeArgumentParser, recipe_from
 
@@ -18,15 +20,41 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train; return the exit code (0 done, 2 a recipe or data that cannot be run)."""
+    """Train; return the exit code.
+
+    0 done; 1 the run could not go on, and says why; 2 a recipe or data that cannot be run; 75 a signal stopped it after a
+    checkpoint, start it again with `--resume`; 130 a second Ctrl-C.
+    """
     # Only light imports up to here: a typo is answered before anything heavy is loaded.
     parser = RecipeArgumentParser(
         prog="vir-hf train", description="Train a vision-language model from a recipe.", epilog=_EPILOG
     )
-    recipe = recipe_from(parser.parse_args(argv))
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        metavar="PATH",
+        help="go on from the newest whole checkpoint in training.output_dir, or from PATH (training.resume)",
+    )
+    options = parser.parse_args(argv)
+    if options.resume is not None:
+        if "=" in options.resume and not os.path.exists(options.resume):  # an override behind a bare --resume
+            options.overrides, options.resume = [options.resume, *options.overrides], "auto"
+        options.overrides = [*options.overrides, f"training.resume={options.resume}"]
+    recipe = recipe_from(options)
+    from vir_hf.checkpoints import list_checkpoints
+    from vir_hf.errors import RunError
+    from vir_hf.signals import RunStopped, say_stopped
     from vir_hf.training import train
 
-    metrics = train(recipe)
+    try:
+        metrics = train(recipe)
+    except RunStopped as stopped:
+        found = list_checkpoints(Path(recipe.training.output_dir))
+        return say_stopped(stopped, recipe.training.output_dir, str(found[0].path) if found else None)
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     print(closing_words(metrics, recipe.training.output_dir))
     return 0
 

@@ -25,7 +25,9 @@ from trl import SFTConfig, SFTTrainer
 
 from vir_hf import checkpoints, resume
 from vir_hf.errors import RunError
+from vir_hf.safeguards import MemoryGuard, NumberGuard, can_be_halved, is_finite, is_out_of_memory
 from vir_hf.sampling import StepLoader, StepSampler
+from vir_hf.signals import WorkerSignals, any_rank
 
 if TYPE_CHECKING:
     from vir_hf.recipe import Recipe
@@ -34,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 IGNORED = -100
 # What a batch may carry beside the model's inputs.
-_NOT_FOR_THE_MODEL = ("row_ids", "masked_rows")
+_NOT_FOR_THE_MODEL = ("row_ids", "masked_rows", "row_numbers")
 
 
 @dataclass
@@ -77,6 +79,10 @@ def compact_supervised(inputs: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in batch.items() if name not in _NOT_FOR_THE_MODEL}
+
+
 class LlavaTrainer(SFTTrainer):
     """TRL's trainer for `LlavaForCausalLM`.
 
@@ -105,6 +111,7 @@ class LlavaTrainer(SFTTrainer):
         self._start_time = time.perf_counter()
         self.supervised_positions_only = supervised_positions_only
         self._parameter_groups = parameter_groups
+        self._step: tuple[list[dict[str, Any]], list[torch.Tensor], torch.Tensor]
         self._since_log, self.totals = StepStatistics(), StepStatistics()
         self._log_time = time.perf_counter()
         model = kwargs["model"] if "model" in kwargs else args[0]
@@ -124,6 +131,18 @@ class LlavaTrainer(SFTTrainer):
             if parameter.dtype != value.dtype and parameter.shape == value.shape:
                 parameter.data = value.to(parameter.device)
 
+        settings = recipe.training if recipe is not None else None
+        self.number_guard = NumberGuard(
+            policy=settings.on_bad_numbers if settings else "raise",
+            max_skipped_steps=settings.max_skipped_steps if settings else 0,
+            output_dir=Path(self.args.output_dir),
+        )
+        self.memory_guard = MemoryGuard(
+            policy=settings.on_out_of_memory if settings else "raise",
+            rows=self.train_dataset,
+            collator=self.data_collator,
+        )
+
     def get_train_dataloader(self) -> StepLoader:
         """One item a step; never sharded by accelerate, since the sampler already plans for this rank."""
         workers = self.args.dataloader_num_workers
@@ -135,6 +154,7 @@ class LlavaTrainer(SFTTrainer):
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
             persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
             prefetch_factor=(self.args.dataloader_prefetch_factor or 2) if workers else None,
+            worker_init_fn=WorkerSignals(),
         )
 
     def get_batch_samples(
@@ -161,14 +181,88 @@ class LlavaTrainer(SFTTrainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """Run all micro-batches of one optimizer step; gradients are reduced across ranks with the last one."""
-        micro_batches = inputs["micro_batches"]
-        total = torch.zeros((), device=self.args.device)
-        for number, batch in enumerate(micro_batches):
-            is_last = number == len(micro_batches) - 1
-            loss = self._micro_step(model, self._counted(batch), num_items_in_batch, is_last)
-            total = total + loss
-        return total
+        """Run all micro-batches of one optimizer step; gradients are reduced across ranks with the last one.
+
+        Raises:
+            RunError: a micro-batch that does not fit into memory, by its rows, and what would help.
+        """
+        micro_batches = self.memory_guard.fitting(inputs["micro_batches"])
+        before = self._before_step()
+        while True:
+            losses, error = self._run_micro_batches(model, micro_batches, num_items_in_batch)
+            if error is None:
+                break
+            # Outside the handler, so that nothing of the failed attempt is held. The step begins again: a part of the
+            # failed micro-batch may have reached the gradients.
+            number = len(losses)
+            self.memory_guard.failed(micro_batches[number])
+            micro_batches[number : number + 1] = self.memory_guard.halves(micro_batches[number])
+            logger.warning("step %s: %s; halved, the step begins again", self.state.global_step + 1, error)
+            model.zero_grad(set_to_none=True)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self._back_to(before)
+        for batch in micro_batches:
+            self._count(batch)
+        self._step = (micro_batches, losses, before["loss"])
+        return torch.stack(losses).sum()
+
+    def _run_micro_batches(
+        self, model: nn.Module, micro_batches: list[dict[str, Any]], num_items: torch.Tensor | int | None
+    ) -> tuple[list[torch.Tensor], str | None]:
+        """The losses, or those up to a micro-batch that did not fit and may be halved, and the error."""
+        losses: list[torch.Tensor] = []
+        try:
+            for number, batch in enumerate(micro_batches):
+                is_last = number == len(micro_batches) - 1
+                losses.append(self._micro_step(model, _model_inputs(batch), num_items, is_last))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            batch = micro_batches[len(losses)]
+            why = ""
+            if self.memory_guard.policy == "split":
+                if self.args.world_size > 1:
+                    why = "; training.on_out_of_memory=split needs one process, the others wait for this one's step"
+                elif can_be_halved(batch):
+                    return losses, str(error).splitlines()[0]
+            raise self.memory_guard.error(self.state.global_step + 1, batch, self.args, why) from error
+        return losses, None
+
+    def _before_step(self) -> dict[str, Any]:
+        """What a step changes beside gradients, to begin it again."""
+        keeps = self.memory_guard.policy == "split"
+        return {
+            "loss": self._tr_loss.clone(),
+            "random": resume.random_states() if keeps else None,
+            "metrics": {name: list(values) for name, values in self._metrics["train"].items()} if keeps else {},
+            "num_tokens": self._total_train_tokens,
+        }
+
+    def _back_to(self, before: dict[str, Any]) -> None:
+        resume.set_random_states(before["random"])
+        self._metrics["train"].clear()
+        self._metrics["train"].update({name: list(values) for name, values in before["metrics"].items()})
+        self._total_train_tokens = before["num_tokens"]
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The gradient's norm; a step with bad numbers ends here, before the optimizer sees it."""
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        micro_batches, losses, loss_before = self._step
+        values = torch.stack(losses).tolist()
+        # fp16's loss scaling runs into infinite gradients by design and passes over such steps itself.
+        norm = 0.0 if grad_norm is None or self.accelerator.scaler is not None else float(grad_norm)
+        if any_rank(not (is_finite(sum(values)) and is_finite(norm)), self.args.device):
+            step, rank = self.state.global_step + 1, self.args.process_index
+            is_mine = not is_finite(sum(values))
+            if any_rank(is_mine, self.args.device) and not is_mine:
+                micro_batches, values = [], []
+            resume.together(lambda: self.number_guard.handle(step, micro_batches, values, norm, rank))
+            if self.accelerator.scaler is None:
+                model.zero_grad(set_to_none=True)  # the optimizer passes over weights without a gradient
+            self._tr_loss.copy_(loss_before)
+            self._globalstep_last_logged += 1  # the mean that is logged is over the other steps
+        return grad_norm
 
     def _micro_step(
         self, model: nn.Module, batch: dict[str, Any], num_items: torch.Tensor | int | None, is_last: bool
@@ -180,8 +274,8 @@ class LlavaTrainer(SFTTrainer):
         with defer:
             return super().training_step(model, batch, num_items)
 
-    def _counted(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The model's inputs of a batch; what else it carries goes into the statistics."""
+    def _count(self, batch: dict[str, Any]) -> None:
+        """Add a micro-batch to the statistics."""
         supervised = int((batch["labels"][..., 1:] != IGNORED).sum())
         mask = batch.get("attention_mask")
         computed = batch["input_ids"].numel()
@@ -196,16 +290,27 @@ class LlavaTrainer(SFTTrainer):
                 unsupervised_micro_batches=int(supervised == 0),
             )
         )
-        return {name: value for name, value in batch.items() if name not in _NOT_FOR_THE_MODEL}
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """TRL's loss; over the supervised positions of a packed row if `supervised_positions_only`."""
-        inputs = {name: value for name, value in inputs.items() if name not in _NOT_FOR_THE_MODEL}
+        inputs = _model_inputs(inputs)
         if self.supervised_positions_only and "segment_lengths" in inputs and not return_outputs:
             inputs = compact_supervised(inputs)
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.is_deepspeed_enabled and model.training and not return_outputs:
+            self._require_finite(result)
+        return result
+
+    def _require_finite(self, loss: torch.Tensor) -> None:
+        """Raise for a bad loss before DeepSpeed, whose backward pass ends with the optimizer's step, can use it."""
+        if any_rank(not is_finite(float(loss)), self.args.device):
+            raise RunError(
+                f"step {self.state.global_step + 1}: loss {float(loss):.4g} on rank {self.args.process_index}. The weights were "
+                f"not touched. {checkpoints.what_is_left(Path(self.args.output_dir))} DeepSpeed cannot skip a step: lower "
+                "training.learning_rate, or find the row without DeepSpeed; then add --resume."
+            )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Upstream's optimizer over our parameter groups."""
@@ -236,11 +341,7 @@ class LlavaTrainer(SFTTrainer):
         staging = output_dir / f".{name}.partial"
         try:
             resume.together(lambda: self._begin_checkpoint(output_dir, name) if is_writer else None)
-            # Saved apart from what follows: ZeRO and FSDP gather here, on all ranks.
-            self.save_model(str(staging), _internal_call=True)
-            self._save_optimizer_and_scheduler(str(staging))
-            self._save_scaler(str(staging))
-            resume.together(lambda: self._save_rank_state(staging))
+            resume.together(lambda: self._write_checkpoint(staging))
             resume.together(lambda: self._finish_checkpoint(staging) if is_writer else None)
         except Exception as error:
             if is_writer:
@@ -253,6 +354,20 @@ class LlavaTrainer(SFTTrainer):
             ) from error
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(output_dir / name))
+
+    def save_final(self) -> None:
+        """Write model (or adapter and projector), processor and recipe into the output directory; every rank must ask."""
+        output_dir = Path(self.args.output_dir)
+        staging = output_dir / ".final.partial"
+        resume.together(lambda: checkpoints.stage(output_dir, "final") if self.args.should_save else None)
+        resume.together(lambda: self.save_model(str(staging), _internal_call=True))
+        resume.together(lambda: self._finish_final(staging) if self.args.should_save else None)
+
+    def _finish_final(self, staging: Path) -> None:
+        resume.save_rest(self.accelerator.unwrap_model(self.model), staging)
+        if self.recipe is not None:
+            self.recipe.save(staging / "recipe.yaml")
+        checkpoints.move_in(staging)
 
     def _begin_checkpoint(self, output_dir: Path, name: str) -> None:
         checkpoints.require_space(output_dir, self._checkpoint_bytes(), name)
@@ -268,7 +383,11 @@ class LlavaTrainer(SFTTrainer):
         optimizer = sum(8 * parameter.numel() for parameter in learning)
         return sum(parameter.numel() * parameter.element_size() for parameter in saved) + optimizer + 2**20
 
-    def _save_rank_state(self, folder: Path) -> None:
+    def _write_checkpoint(self, folder: Path) -> None:
+        """Write every rank's part; ZeRO and FSDP gather here."""
+        self.save_model(str(folder), _internal_call=True)
+        self._save_optimizer_and_scheduler(str(folder))
+        self._save_scaler(str(folder))
         state = {"random": resume.random_states(), "counters": self._counters()}
         torch.save(state, folder / f"rank_{self.args.process_index}.pt")
 
@@ -306,7 +425,23 @@ class LlavaTrainer(SFTTrainer):
             "last_logged_step": self._globalstep_last_logged,
             "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
             "num_tokens": self._total_train_tokens,
+            "skipped_steps": self.number_guard.skipped,
+            "smallest_failed": self.memory_guard.smallest_failed,
+            "num_splits": self.memory_guard.num_splits,
         }
+
+    def all_totals(self) -> StepStatistics:
+        """What all ranks have counted, together; every rank must ask."""
+        totals = StepStatistics()
+        totals.add(self.totals)
+        totals.add(self._since_log)
+        if self.args.world_size > 1:
+            others: list[Any] = [None] * self.args.world_size
+            torch.distributed.all_gather_object(others, dataclasses.asdict(totals))
+            totals = StepStatistics()
+            for counts in others:
+                totals.add(StepStatistics(**counts))
+        return totals
 
     def seconds_so_far(self) -> float:
         """Seconds of training, over all resumes, saving included."""
@@ -323,6 +458,9 @@ class LlavaTrainer(SFTTrainer):
         self._metrics["train"].clear()
         self._metrics["train"].update(counters["metrics"])
         self._total_train_tokens = counters["num_tokens"]
+        self.number_guard.skipped = counters["skipped_steps"]
+        self.memory_guard.smallest_failed = counters["smallest_failed"]
+        self.memory_guard.num_splits = counters["num_splits"]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:

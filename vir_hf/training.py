@@ -16,17 +16,16 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from vir_hf import resume
 from vir_hf.audit import AUDIT_FILE, audit_as_dict, audit_model, print_audit
-from vir_hf.checkpoints import save_run
 from vir_hf.collator import LlavaDataCollator
-from vir_hf.conversations import encode_row
 from vir_hf.data import load_llava_dataset
 from vir_hf.errors import RecipeError
 from vir_hf.features import cache_for_training
 from vir_hf.llava.processing_llava import LlavaProcessor
 from vir_hf.loading import Precision, choose_precision, describe_precision, keep_base, load_model_and_processor
 from vir_hf.merging import merged_base
+from vir_hf.planning import plan_steps
 from vir_hf.progress import StepLines
-from vir_hf.sampling import RowSize, StepSampler
+from vir_hf.signals import RunStopped, StopOnSignal
 from vir_hf.trainable import make_trainable, parameter_groups
 from vir_hf.trainer import LlavaTrainer, make_sft_config
 
@@ -44,7 +43,22 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> dict[str
     Raises:
         RecipeError: a recipe that cannot be run on this machine or on this layout.
         DataError: rows or pictures that cannot be trained on, by number and id.
+        RunError: a run that could not go on; what is left on disk and what to do.
+        RunStopped: a signal ended it after a checkpoint; `training.resume=auto` goes on.
     """
+    from vir_hf import hub
+
+    repo_id = hub.name_for(recipe) if recipe.training.push_to_hub else None
+    signals = StopOnSignal()
+    with signals.installed():
+        metrics = _train(recipe, signals, callbacks)
+    if repo_id is not None and os.environ.get("RANK", "0") == "0":
+        private = bool(recipe.training.hub_private_repo)
+        print(hub.push_run(recipe.training.output_dir, repo_id, private=private).url)
+    return metrics
+
+
+def _train(recipe: Recipe, signals: StopOnSignal, callbacks: Sequence[TrainerCallback]) -> dict[str, Any]:
     precision = choose_precision(
         recipe.model.dtype,
         use_cpu=bool(recipe.training.use_cpu),
@@ -87,13 +101,15 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> dict[str
         supervised_positions_only=recipe.training.supervised_positions_only,
         recipe=recipe,
         identity=identity,
-        callbacks=[StepLines(), *callbacks],
+        callbacks=[StepLines(), signals, *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=None if point is None else str(point.path))
+    if signals.received is not None and trainer.state.global_step < trainer.state.max_steps:
+        raise RunStopped(signals.received, trainer.state.global_step)
     metrics = summarise(trainer, recipe)
+    trainer.save_final()
     if trainer.is_world_process_zero():
-        save_run(trainer.accelerator.unwrap_model(trainer.model), processor, recipe, Path(arguments.output_dir))
         write_json(Path(arguments.output_dir) / "metrics.json", metrics)
     return metrics
 
@@ -157,6 +173,7 @@ def training_arguments(recipe: Recipe, precision: Precision) -> Any:
     arguments.setdefault("save_strategy", "no")
     # Upstream would replace a bad loss by the mean of the others and go on; ours is to see it.
     arguments["logging_nan_inf_filter"] = False
+    arguments["push_to_hub"] = False  # the whole run is published once, at its end
     arguments["ddp_timeout"] = 60 * training.timeout_minutes
     if arguments.get("dataloader_num_workers") is None:
         arguments["dataloader_num_workers"] = default_num_workers()
@@ -188,64 +205,9 @@ def default_num_workers() -> int:
     return max(0, min(8, cores // local_ranks - 1))
 
 
-def plan_steps(recipe: Recipe, rows: Dataset, processor: LlavaProcessor, world_size: int, rank: int) -> StepSampler:
-    """Return this rank's plan of every optimizer step.
-
-    Raises:
-        RecipeError: the global batch is no multiple of what the layout computes at once.
-    """
-    training = recipe.training
-    per_device, wanted = training.per_device_train_batch_size, training.global_batch_size
-    accumulation = training.arguments.get("gradient_accumulation_steps")
-    if wanted is None:
-        wanted = per_device * (accumulation or 1) * world_size
-    elif accumulation is not None and per_device * accumulation * world_size != wanted:
-        raise RecipeError(
-            f"training.global_batch_size={wanted} rows a step, but {per_device} rows a micro-batch x {accumulation} "
-            f"micro-batches x {world_size} processes = {per_device * accumulation * world_size}. Leave "
-            "training.gradient_accumulation_steps out, or make the three multiply to the global batch."
-        )
-    if wanted % world_size:
-        raise RecipeError(
-            f"training.global_batch_size={wanted} cannot be shared evenly by {world_size} processes; use a multiple of "
-            f"{world_size}, for example {-(-wanted // world_size) * world_size}."
-        )
-    budget = training.max_tokens_per_batch
-    return StepSampler(
-        row_sizes(rows, processor, training.max_length),
-        wanted,
-        micro_batch_rows=None if budget else min(per_device, wanted // world_size),
-        max_tokens_per_batch=budget,
-        num_replicas=world_size,
-        rank=rank,
-        seed=training.seed if training.data_seed is None else training.data_seed,
-        group_by="image" if training.group_by_image else None,
-        balance_tokens=training.balance_tokens,
-        tokens_per_image=processor.num_image_tokens,
-        drop_last=bool(training.dataloader_drop_last),
-    )
-
-
-def row_sizes(rows: Dataset, processor: LlavaProcessor, max_length: int | None) -> list[RowSize]:
-    """Return every row's size from its text and image count; no picture is opened."""
-
-    def measure(row: dict[str, Any]) -> dict[str, Any]:
-        images = row["images"]
-        length = len(encode_row(row, processor)["input_ids"])
-        first = images[0] if images else None
-        key = None if first is None else (first.get("path") or f"bytes:{hash(first.get('bytes'))}")
-        return {
-            "num_tokens": length if max_length is None else min(length, max_length),
-            "num_images": len(images),
-            "image_key": key,
-        }
-
-    return [RowSize(**measure(row)) for row in rows]
-
-
 def summarise(trainer: LlavaTrainer, recipe: Recipe) -> dict[str, Any]:
     """Return the figures of the whole run, before and after every resume; only what was counted or measured."""
-    totals = trainer.totals
+    totals = trainer.all_totals()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
         "experiment": recipe.experiment.name,
@@ -261,6 +223,8 @@ def summarise(trainer: LlavaTrainer, recipe: Recipe) -> dict[str, Any]:
         "packing_efficiency": totals.real_tokens / totals.computed_tokens if totals.computed_tokens else None,
         "masked_rows": totals.masked_rows,
         "unsupervised_micro_batches": totals.unsupervised_micro_batches,
+        "skipped_steps": trainer.number_guard.skipped,
+        "split_micro_batches": trainer.memory_guard.num_splits,
         "seconds": round(trainer.seconds_so_far(), 1),
         "world_size": trainer.args.world_size,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
