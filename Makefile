@@ -1,4 +1,4 @@
-# Needs Python 3.10 to 3.13, make and git; everything else goes into .venv. The first run installs, later ones start at once.
+# Needs Python 3.11 to 3.13, make and git; everything else goes into .venv. The first run installs, later ones start at once.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -54,7 +54,7 @@ clean:
 
 # torch first and pinned: where a CPU build is at hand, it is taken, and what follows does not replace it.
 $(VENV)/.installed: setup.cfg pyproject.toml
-	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 13) else f"Python {v[0]}.{v[1]} found, 3.10 to 3.13 expected: make PYTHON=python3.11 ...")'
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else f"Python {v[0]}.{v[1]} found, 3.11 to 3.13 expected (transformers 5.23 needs 3.11): make PYTHON=python3.11 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet -e .

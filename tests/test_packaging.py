@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import ast
 import configparser
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tarfile
+import warnings
 import zipfile
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 CARRIED = [name for name in ("recipes", "accelerate_configs", "spaces") if (ROOT / name).is_dir()]
@@ -157,6 +163,45 @@ def test_accelerate_configs_are_found_outside_the_clone(installed: Path, tmp_pat
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     folder = Path(done.stdout.strip())
     assert folder.is_relative_to(installed) and files_below(folder) == files_below(ROOT / "accelerate_configs")
+
+
+def test_a_warning_from_one_of_our_modules_fails_the_run() -> None:
+    with pytest.raises(UserWarning, match="ours"):
+        warnings.warn_explicit("ours", UserWarning, "data.py", 1, module="vir_hf.llava.attention")
+    with pytest.warns(UserWarning, match="theirs"):
+        warnings.warn_explicit("theirs", UserWarning, "x.py", 1, module="transformers.trainer")
+
+
+def test_every_dependency_has_a_lower_bound_and_an_upper_one_on_the_major_version() -> None:
+    config = configparser.ConfigParser(interpolation=None)
+    config.read(ROOT / "setup.cfg")
+    wanted = [line for line in config["options"]["install_requires"].splitlines() if line.strip() and "#" not in line]
+    for line in wanted:
+        requirement = Requirement(line)
+        assert {s.operator for s in requirement.specifier} == {">=", "<"}, line
+        installed = version(requirement.name)
+        assert installed in requirement.specifier, f"{line} but the tests run with {installed}"
+
+
+def test_every_imported_package_is_a_dependency() -> None:
+    config = configparser.ConfigParser(interpolation=None)
+    config.read(ROOT / "setup.cfg")
+    lines = config["options"]["install_requires"] + "".join(config["options.extras_require"].values())
+    wanted = {canonicalize_name(name) for name in re.findall(r"^\s*([A-Za-z][\w.-]*)", lines, re.MULTILINE)}
+    distributions = packages_distributions()
+    found: dict[str, str] = {}
+    for path in (ROOT / "vir_hf").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0]: path.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                found[node.module.split(".")[0]] = path.name
+    imported_if_there = {"flash_attn", "torch_xla", "lmms_eval", "spaces"}  # used where someone has installed them
+    for name, file in sorted(found.items()):
+        if name in sys.stdlib_module_names or name in imported_if_there or name == "vir_hf":
+            continue
+        names = {canonicalize_name(distribution) for distribution in distributions.get(name, [name])}
+        assert names & wanted, f"{file} imports {name}, which setup.cfg does not ask for"
 
 
 def test_versions_agree() -> None:
