@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -105,10 +106,16 @@ def audit_as_dict(lines: list[ModuleGroup], precision: str) -> dict[str, Any]:
 
 def print_audit(lines: list[ModuleGroup], precision: str, console: Console | None = None) -> None:
     """Print the audit as a table."""
-    table = Table(title="What is loaded and what learns", caption=precision, caption_justify="left")
+    table = Table(
+        title="What is loaded and what learns",
+        caption=precision,
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
     for column in ("part", "weights", "stored"):
-        table.add_column(column)
-    for column in ("parameters", "MiB", "trainable", "lr", "decay"):
+        table.add_column(column, no_wrap=True)
+    for column in ("parameters", "MiB", "trainable", "lr"):
         table.add_column(column, justify="right", no_wrap=True)
     for line in lines:
         table.add_row(
@@ -119,18 +126,10 @@ def print_audit(lines: list[ModuleGroup], precision: str, console: Console | Non
             f"{line.num_bytes / 2**20:,.1f}",
             f"{line.num_trainable:,}" if line.num_trainable else "-",
             "-" if line.learning_rate is None else f"{line.learning_rate:g}",
-            "-" if line.weight_decay is None else f"{line.weight_decay:g}",
         )
     total = sum(line.num_trainable for line in lines)
     table.add_section()
-    table.add_row(
-        "",
-        "",
-        "all",
-        f"{sum(line.num_parameters for line in lines):,}",
-        f"{sum(line.num_bytes for line in lines) / 2**20:,.1f}",
-        f"{total:,}",
-        "",
-        "",
-    )
+    everything = sum(line.num_parameters for line in lines)
+    mebibytes = sum(line.num_bytes for line in lines) / 2**20
+    table.add_row("", "", "all", f"{everything:,}", f"{mebibytes:,.1f}", f"{total:,}", "")
     (console or Console()).print(table)

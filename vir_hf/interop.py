@@ -35,13 +35,16 @@ _SEQUENTIAL = re.compile(r"^(\d+)\.(weight|bias)$")
 
 def projector_of(model: nn.Module) -> nn.Module:
     """Return the projector that is in use: under PEFT the trained copy, not the one it started from."""
-    projector = model.get_base_model() if hasattr(model, "get_base_model") else model
-    projector = projector.model.multi_modal_projector
-    copies = getattr(projector, "modules_to_save", None)
+    inner: Any = model
+    if hasattr(model, "get_base_model"):
+        inner = inner.get_base_model()
+    projector: nn.Module = inner.model.multi_modal_projector
+    copies: Any = getattr(projector, "modules_to_save", None)
     if copies is None:
         return projector
-    active = projector.active_adapter
-    return copies[active if isinstance(active, str) else active[0]]
+    active: Any = projector.active_adapter
+    trained: nn.Module = copies[active if isinstance(active, str) else active[0]]
+    return trained
 
 
 def save_projector(model: nn.Module, folder: Path) -> Path:

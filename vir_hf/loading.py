@@ -35,6 +35,7 @@ from vir_hf.llava.processing_llava import LlavaProcessor
 from vir_hf.llava.registration import register
 from vir_hf.quantization import (
     adopt_quantization,
+    bits_of,
     check_quantization,
     for_language_model,
     is_quantized,
@@ -113,7 +114,7 @@ def choose_precision(
 
 def describe_precision(precision: Precision, model: torch.nn.Module, tf32: bool | None) -> str:
     """Return one line: dtype of the weights, autocast, tf32 and attention, and why."""
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     arithmetic = f"{precision.autocast} autocast" if precision.autocast else "no autocast"
     attention = getattr(inner.config.get_text_config(), "_attn_implementation", None) or "default"
     return (
@@ -256,6 +257,11 @@ def load_model_and_processor(
             loading["device_map"] = {"": torch.cuda.current_device()}
     if wanted.attn_implementation != "auto":
         loading["attn_implementation"] = wanted.attn_implementation
+    if wanted.adapter and wanted.pretrained_projector:
+        raise RecipeError(
+            "model.pretrained_projector: is set, but model.adapter brings the projector it was trained with. Set one of the two "
+            "to null."
+        )
     source = source or _base_to_continue(recipe)
     if source is not None:
         loading.pop("revision", None)
@@ -287,6 +293,8 @@ def load_model_and_processor(
         )
     check_quantization(model, quantization)
     keep_layout(model)
+    if recipe.trainable.projector == "full" and not any(map(bits_of, model.model.multi_modal_projector.modules())):
+        model.model.multi_modal_projector.float()  # before its weights come in, so that none is rounded
     if wanted.pretrained_projector and not _is_own_base(recipe, source):
         load_projector(model, wanted.pretrained_projector)
     return model, processor

@@ -67,7 +67,7 @@ def is_quantized(model: nn.Module) -> bool:
     return any(bits_of(module) for module in model.modules())
 
 
-def check_quantization(model: nn.Module, wanted: BitsAndBytesConfig | None) -> None:
+def check_quantization(model: PreTrainedModel, wanted: BitsAndBytesConfig | None) -> None:
     """Raise if what is quantised differs from what the recipe says; every linear layer is looked at.
 
     Args:
@@ -122,7 +122,7 @@ def keep_layout(model: nn.Module) -> None:
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
 
 
 def adopt_quantization(model: PreTrainedModel, language_model: PreTrainedModel, config: BitsAndBytesConfig) -> None:

@@ -1,0 +1,429 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from tiny_training import NF4, load, logits_of, recipe_for, run
+from transformers import LlavaForConditionalGeneration, TrainerCallback
+
+from vir_hf.adapters import base_of
+from vir_hf.errors import RecipeError
+from vir_hf.interop import read_projector, save_projector, to_original
+from vir_hf.loading import choose_precision, describe_precision, load_run
+from vir_hf.quantization import bits_of, keep_layout
+
+WHOLE = {"model.language_model": "null", "model.vision_tower": "null"}
+INT8 = {"quantization": "int8", "quantization.only_on_cuda": "false"}
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A vision-language model saved as one folder."""
+    folder = tmp_path_factory.mktemp("whole")
+    model, processor, _ = load(tiny_parts, folder)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lora_run(tiny_parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA run over joined parts with one checkpoint."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    changes = {"training.max_steps": 4, "training.save_steps": 2, "training.save_strategy": "steps"}
+    run(tiny_parts, folder, **changes, **{"training.learning_rate": 1e-2})
+    return folder
+
+
+def quantised_names(model: torch.nn.Module) -> set[str]:
+    return {name for name, module in model.named_modules() if bits_of(module)}
+
+
+def language_model_linears(model: Any) -> set[str]:
+    return {
+        name
+        for name, module in model.named_modules()
+        if name.startswith("model.language_model.") and (isinstance(module, torch.nn.Linear) or bits_of(module))
+    }
+
+
+# --- precision
+
+
+class FakeGpu:
+    """Makes torch report a GPU of this name and compute capability."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str, capability: tuple[int, int]):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *a: name)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *a: capability)
+
+
+def test_precision_follows_the_machine(monkeypatch: pytest.MonkeyPatch):
+    with monkeypatch.context() as patch:
+        FakeGpu(patch, "Tesla T4", (7, 5))
+        on_t4 = choose_precision()
+        assert (on_t4.dtype, on_t4.autocast) == (torch.float16, "fp16")
+        assert on_t4.reason == "Tesla T4 has no bf16"
+        assert choose_precision(use_cpu=True).dtype == torch.float32
+    with monkeypatch.context() as patch:
+        FakeGpu(patch, "A100", (8, 0))
+        assert (choose_precision().dtype, choose_precision().autocast) == (torch.bfloat16, "bf16")
+        assert choose_precision(bf16=False).dtype == torch.float32
+        assert choose_precision("float32", bf16=True).autocast == "bf16"
+        assert choose_precision(fp16=True).dtype == torch.float16
+
+
+def test_precision_on_a_cpu_is_fp32_unless_asked_otherwise(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert (choose_precision().dtype, choose_precision().autocast) == (torch.float32, None)
+    assert choose_precision("bfloat16").autocast == "bf16"
+    for arguments in ({"dtype": "float16"}, {"fp16": True}):
+        with pytest.raises(RecipeError, match="needs a CUDA GPU"):
+            choose_precision(**arguments)
+
+
+def test_precision_and_attention_are_said_in_one_line(whole: Path):
+    model, _ = load_run(whole)
+    line = describe_precision(choose_precision("float32"), model, True)
+    assert line == (
+        "weights float32, no autocast (model.dtype=float32), trained weights float32, tf32 on, attention sdpa"
+    )
+
+
+def test_the_attention_asked_for_is_used(tiny_parts: Path, tmp_path: Path):
+    model, _, _ = load(tiny_parts, tmp_path, **{"model.attn_implementation": "eager"})
+    assert model.model.language_model.config._attn_implementation == "eager"
+
+
+# --- quantised loading
+
+
+@pytest.mark.parametrize("changes", [NF4, INT8], ids=["nf4", "int8"])
+@pytest.mark.parametrize("route", ["parts", "whole"])
+def test_only_the_language_models_linear_layers_are_quantised(
+    changes: dict[str, object], route: str, whole: Path, tiny_parts: Path, tmp_path: Path
+):
+    names = {**WHOLE, "model.name_or_path": whole} if route == "whole" else {}
+    model, _, recipe = load(tiny_parts, tmp_path, **changes, **names)
+    assert quantised_names(model) == language_model_linears(model)
+    assert {bits_of(module) for module in model.modules()} - {None} == {recipe.quantization.bits}
+
+
+@pytest.mark.parametrize("changes", [NF4, INT8], ids=["nf4", "int8"])
+def test_a_model_joined_from_quantised_parts_is_saved_and_loaded_by_stock_transformers(
+    changes: dict[str, object], tiny_parts: Path, tmp_path: Path
+):
+    model, processor, _ = load(tiny_parts, tmp_path, **changes)
+    model.save_pretrained(tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert config["model_type"] == "llava"
+    assert "quantization_config" in config and "quantization_config" not in config["text_config"]
+    stock = LlavaForConditionalGeneration.from_pretrained(tmp_path / "saved")
+    keep_layout(stock)
+    assert quantised_names(stock) == language_model_linears(stock)
+    torch.testing.assert_close(
+        logits_of(stock, tiny_parts, processor), logits_of(model, tiny_parts, processor), rtol=0, atol=1e-5
+    )
+
+
+def test_short_names_that_transformers_ignores_stop_the_run(whole: Path, tiny_parts: Path, tmp_path: Path):
+    changes = {**NF4, **WHOLE, "model.name_or_path": whole}
+    short = {"quantization.llm_int8_skip_modules": "[vision_tower,multi_modal_projector,lm_head]"}
+    with pytest.raises(RecipeError, match=r"are stored in 4 bit, but the recipe says 16 or 32 bit.*full names"):
+        load(tiny_parts, tmp_path, **changes, **short)
+
+
+def test_the_tower_is_quantised_when_asked_for(whole: Path, tiny_parts: Path, tmp_path: Path):
+    skip = {"quantization.llm_int8_skip_modules": "[model.multi_modal_projector,lm_head]"}
+    model, _, _ = load(tiny_parts, tmp_path, **NF4, **WHOLE, **skip, **{"model.name_or_path": whole})
+    assert any(name.startswith("model.vision_tower.") for name in quantised_names(model))
+    with pytest.raises(RecipeError, match="Of joined parts only the language model is quantised"):
+        load(tiny_parts, tmp_path, **NF4, **skip)
+
+
+def test_a_checkpoint_that_is_quantised_itself_is_not_taken_for_a_plain_one(tiny_parts: Path, tmp_path: Path):
+    model, processor, _ = load(tiny_parts, tmp_path, **NF4)
+    model.save_pretrained(tmp_path / "saved")
+    processor.save_pretrained(tmp_path / "saved")
+    with pytest.raises(RecipeError, match="The checkpoint itself is quantised: set quantization=nf4"):
+        load(tiny_parts, tmp_path, **WHOLE, **{"model.name_or_path": tmp_path / "saved"})
+
+
+class Record(TrainerCallback):
+    """Evaluates and generates every second step, if asked to."""
+
+    def __init__(self, root: Path, evaluates: bool):
+        self.root, self.evaluates = root, evaluates
+        self.num_evaluations = 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if self.evaluates and state.global_step % 2 == 0:
+            logits_of(model, self.root, kwargs["processing_class"])
+            inputs = kwargs["processing_class"].tokenizer("USER: What is it?", return_tensors="pt")
+            model.generate(**inputs, max_new_tokens=3, do_sample=False)
+            model.train()
+            self.num_evaluations += 1
+
+
+def test_evaluation_and_sampling_between_steps_leave_4_bit_training_as_it_is(tiny_parts: Path, tmp_path: Path):
+    losses = {}
+    for evaluates in (False, True):
+        record = Record(tiny_parts, evaluates)
+        changes: dict[str, object] = {**NF4, "training.max_steps": 6, "training.learning_rate": 1e-2}
+        if evaluates:
+            changes |= {
+                "data.eval_path": tiny_parts / "rows.json",
+                "training.eval_strategy": "steps",
+                "training.eval_steps": 2,
+            }
+        metrics = run(tiny_parts, tmp_path / f"run{evaluates}", (record,), **changes)
+        losses[evaluates] = [entry["loss"] for entry in metrics["loss_history"]]
+        assert record.num_evaluations == (3 if evaluates else 0)
+    assert losses[True] == losses[False]
+    assert losses[True][-1] < losses[True][0]
+
+
+def test_no_4_bit_layer_may_be_repacked(tiny_parts: Path, tmp_path: Path):
+    model, _, _ = load(tiny_parts, tmp_path, **NF4)
+    layers = [module for module in model.modules() if bits_of(module) == 4]
+    assert layers and not any(layer.support_avx512bf16_for_cpu for layer in layers)
+
+
+# --- runs and bases
+
+
+def test_any_folder_of_a_run_opens(lora_run: Path, tiny_parts: Path):
+    run_model, processor = load_run(lora_run)
+    last, _ = load_run(lora_run / "checkpoint-4")
+    middle, _ = load_run(lora_run / "checkpoint-2")
+    base, _ = load_run(lora_run / "base")
+    logits = logits_of(run_model, tiny_parts, processor)
+    assert not run_model.training
+    assert torch.equal(logits, logits_of(last, tiny_parts, processor))
+    assert not torch.equal(logits, logits_of(middle, tiny_parts, processor))
+    assert not torch.equal(logits, logits_of(base, tiny_parts, processor))
+
+
+def test_stock_peft_opens_a_run_on_its_saved_base(lora_run: Path, tiny_parts: Path):
+    ours, processor = load_run(lora_run)
+    stock = PeftModel.from_pretrained(LlavaForConditionalGeneration.from_pretrained(lora_run / "base"), lora_run)
+    assert torch.equal(logits_of(stock, tiny_parts, processor), logits_of(ours, tiny_parts, processor))
+    assert stock.peft_config["default"].base_model_name_or_path == str((lora_run / "base").resolve())
+
+
+def test_a_run_that_was_moved_still_finds_its_base(lora_run: Path, tiny_parts: Path, tmp_path: Path):
+    shutil.copytree(lora_run, tmp_path / "moved")
+    assert base_of(tmp_path / "moved")[0] == str(tmp_path / "moved" / "base")
+    moved, processor = load_run(tmp_path / "moved")
+    ours, _ = load_run(lora_run)
+    assert torch.equal(logits_of(moved, tiny_parts, processor), logits_of(ours, tiny_parts, processor))
+
+
+def test_another_base_is_refused_by_its_fingerprint(lora_run: Path, whole: Path, tiny_parts: Path, tmp_path: Path):
+    model, processor, _ = load(tiny_parts, tmp_path, **{"training.seed": 9})  # another projector
+    model.save_pretrained(tmp_path / "other")
+    with pytest.raises(RecipeError, match="was trained on other weights"):
+        load_run(lora_run, base=str(tmp_path / "other"))
+    shutil.copytree(lora_run / "base", tmp_path / "same")
+    load_run(lora_run, base=str(tmp_path / "same"))
+
+
+def test_a_run_over_a_whole_model_names_it_and_saves_no_second_copy(whole: Path, tiny_parts: Path, tmp_path: Path):
+    run(tiny_parts, tmp_path / "run", **WHOLE, **{"model.name_or_path": whole, "training.max_steps": 1})
+    assert not (tmp_path / "run" / "base").exists()
+    assert base_of(tmp_path / "run") == (str(whole), None)
+    load_run(tmp_path / "run")
+
+
+def test_joining_parts_gives_the_same_model_for_the_same_seed(tiny_parts: Path, tmp_path: Path):
+    torch.manual_seed(1)
+    first, processor, _ = load(tiny_parts, tmp_path)
+    torch.manual_seed(2)
+    second, _, _ = load(tiny_parts, tmp_path)
+    other, _, _ = load(tiny_parts, tmp_path, **{"training.seed": 7})
+    logits = logits_of(first, tiny_parts, processor)
+    assert torch.equal(logits, logits_of(second, tiny_parts, processor))
+    assert not torch.equal(logits, logits_of(other, tiny_parts, processor))
+
+
+def test_a_resumed_run_takes_its_own_base_and_nobody_elses(lora_run: Path, tiny_parts: Path):
+    own, _, _ = load(tiny_parts, lora_run, **{"training.resume": "auto"})
+    assert own.name_or_path == str(lora_run / "base")
+    changed, _, _ = load(tiny_parts, lora_run, **{"training.resume": "auto", "training.seed": 3})
+    assert changed.name_or_path != str(lora_run / "base")
+
+
+def test_what_is_no_model_says_so(tmp_path: Path, tiny_parts: Path):
+    with pytest.raises(RecipeError, match="path=nobody/nothing: could not be loaded"):
+        load_run("nobody/nothing")
+    with pytest.raises(RecipeError, match="could not be loaded"):
+        load_run(tmp_path)
+    with pytest.raises(RecipeError, match=r"model.adapter=.*holds no adapter"):
+        load(tiny_parts, tmp_path, **{"model.adapter": tiny_parts / "lm"})
+
+
+def test_a_language_model_without_a_tokenizer_is_refused(tiny_parts: Path, tmp_path: Path):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(tiny_parts / "lm" / name, bare)
+    with pytest.raises(RecipeError, match="model.tokenizer: no tokenizer could be loaded"):
+        load(tiny_parts, tmp_path, **{"model.language_model": bare})
+
+
+# --- stages
+
+
+@pytest.fixture(scope="module")
+def pretrained(tiny_parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pretrain run: the projector alone."""
+    folder = tmp_path_factory.mktemp("pretrain") / "run"
+    changes = {"experiment": "local_lite_pretrain", "model.template": "plain", "training.max_steps": 3}
+    run(tiny_parts, folder, **changes)
+    return folder
+
+
+def test_pretraining_leaves_a_projector_and_the_rest_as_it_was(pretrained: Path, tiny_parts: Path, tmp_path: Path):
+    state = load_file(pretrained / "projector.safetensors")
+    assert set(state) == {f"linear_{n}.{kind}" for n in (1, 2) for kind in ("weight", "bias")}
+    trained, _ = load_run(pretrained)
+    fresh, _, _ = load(tiny_parts, tmp_path, **{"experiment": "local_lite_pretrain", "model.template": "plain"})
+    changed = {
+        name
+        for (name, new), (_, old) in zip(trained.named_parameters(), fresh.named_parameters(), strict=True)
+        if not torch.equal(new, old)
+    }
+    assert changed == {name for name, _ in fresh.named_parameters() if "multi_modal_projector" in name}
+    for name, value in state.items():
+        assert torch.equal(trained.model.multi_modal_projector.get_parameter(name), value)
+
+
+@pytest.mark.parametrize("origin", ["file", "run", "original", "original_plain", "adapter", "checkpoint"])
+def test_finetuning_picks_up_a_projector_of_any_origin(
+    origin: str, pretrained: Path, lora_run: Path, tiny_parts: Path, tmp_path: Path
+):
+    state = load_file(pretrained / "projector.safetensors")
+    source = pretrained
+    if origin == "file":
+        source = pretrained / "projector.safetensors"
+    elif origin.startswith("original"):
+        original = to_original(state)
+        assert set(original) == {f"model.mm_projector.{n}.{kind}" for n in (0, 2) for kind in ("weight", "bias")}
+        if origin == "original_plain":
+            original = {name.removeprefix("model.mm_projector."): value for name, value in original.items()}
+        source = tmp_path / "mm_projector.bin"
+        torch.save(original, source)
+    elif origin == "adapter":
+        source = lora_run / "adapter_model.safetensors"
+        state = load_file(lora_run / "projector.safetensors")
+    elif origin == "checkpoint":
+        source = pretrained / "model.safetensors"
+    model, _, _ = load(tiny_parts, tmp_path, **{"model.pretrained_projector": source})
+    for name, value in state.items():
+        assert torch.equal(model.model.multi_modal_projector.get_parameter(name), value)
+
+
+def test_the_stages_follow_on_from_one_another(pretrained: Path, tiny_parts: Path, tmp_path: Path):
+    changes = {"training.max_steps": 1, "training.learning_rate": 0.0, "training.projector_learning_rate": 0.0}
+    run(tiny_parts, tmp_path / "run", **changes, **{"model.pretrained_projector": pretrained})
+    expected, _ = read_projector(pretrained)
+    for place in (tmp_path / "run", tmp_path / "run" / "base"):
+        found, _ = read_projector(place)
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_a_projector_of_other_width_is_refused(tiny_parts: Path, tmp_path: Path):
+    state = {"linear_1.weight": torch.zeros(48, 32), "linear_1.bias": torch.zeros(48)}
+    state |= {"linear_2.weight": torch.zeros(48, 48), "linear_2.bias": torch.zeros(48)}
+    save_file(state, tmp_path / "wide.safetensors")
+    message = r"model.pretrained_projector=.*linear_1.weight \(48, 32\), expected \(32, 32\)"
+    with pytest.raises(RecipeError, match=message):
+        load(tiny_parts, tmp_path, **{"model.pretrained_projector": tmp_path / "wide.safetensors"})
+
+
+def test_a_projector_of_other_depth_is_refused(tiny_parts: Path, tmp_path: Path):
+    deep, _, _ = load(tiny_parts, tmp_path, **{"model.projector_type": "mlp3x_gelu"})
+    save_projector(deep, tmp_path)
+    with pytest.raises(RecipeError, match=r"linear_3.bias, which this projector does not have"):
+        load(tiny_parts, tmp_path / "x", **{"model.pretrained_projector": tmp_path})
+
+
+def test_a_pickle_that_is_more_than_tensors_is_not_opened(tiny_parts: Path, tmp_path: Path):
+    torch.save({"hook": Path.home}, tmp_path / "mm_projector.bin")
+    with pytest.raises(RecipeError, match="not a plain file of tensors"):
+        load(tiny_parts, tmp_path, **{"model.pretrained_projector": tmp_path / "mm_projector.bin"})
+
+
+@pytest.mark.parametrize("content", ["nothing", "empty folder", "other weights", "torn"])
+def test_a_file_without_a_projector_says_so(content: str, tiny_parts: Path, tmp_path: Path):
+    source = tmp_path / "source"
+    expected = "there is no such file or folder"
+    if content == "empty folder":
+        source.mkdir()
+        expected = "the folder holds none of projector.safetensors"
+    elif content == "other weights":
+        source = tmp_path / "x.safetensors"
+        save_file({"model.layers.0.weight": torch.zeros(2)}, source)
+        expected = "holds no projector"
+    elif content == "torn":
+        source = tmp_path / "x.safetensors"
+        source.write_bytes(b"\x08\x00\x00\x00")
+        expected = "cannot be read as a weights file"
+    with pytest.raises(RecipeError, match=expected):
+        load(tiny_parts, tmp_path / "out", **{"model.pretrained_projector": source})
+
+
+@pytest.mark.parametrize("quantization", [NF4, INT8], ids=["nf4", "int8"])
+def test_pretraining_beside_quantised_weights_saves_and_resumes(
+    quantization: dict[str, object], tiny_parts: Path, tmp_path: Path
+):
+    """No adapter there: the checkpoint is the whole quantised model with its projector."""
+    changes: dict[str, object] = {
+        "experiment": "local_lite_pretrain",
+        "model.template": "plain",
+        **quantization,
+        "training.save_strategy": "steps",
+        "training.save_steps": 2,
+        "training.learning_rate": 1e-2,
+        "training.max_steps": 4,
+    }
+    straight = run(tiny_parts, tmp_path / "run", **changes)
+    assert straight["final_loss"] < straight["first_loss"]
+    model, _ = load_run(tmp_path / "run")
+    assert quantised_names(model) == language_model_linears(model)
+    expected = load_file(tmp_path / "run" / "projector.safetensors")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    (tmp_path / "run" / "metrics.json").unlink()
+    run(tiny_parts, tmp_path / "run", **changes, **{"training.resume": "auto"})
+    found = load_file(tmp_path / "run" / "projector.safetensors")
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_training_beside_4_bit_weights_resumes_to_the_same_bits(tiny_parts: Path, tmp_path: Path):
+    changes: dict[str, object] = {
+        **NF4,
+        "training.save_strategy": "steps",
+        "training.save_steps": 2,
+        "training.learning_rate": 1e-2,
+        "training.max_steps": 4,
+    }
+    run(tiny_parts, tmp_path / "straight", **changes)
+    shutil.copytree(tmp_path / "straight", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoint-4")
+    for name in ("metrics.json", "adapter_model.safetensors"):
+        (tmp_path / "again" / name).unlink()
+    recipe = recipe_for(tiny_parts, tmp_path / "again", **changes, **{"training.resume": "auto"})
+    from vir_hf.training import train
+
+    train(recipe)
+    expected = load_file(tmp_path / "straight" / "adapter_model.safetensors")
+    found = load_file(tmp_path / "again" / "adapter_model.safetensors")
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
