@@ -55,6 +55,7 @@ clean:
 # torch first and pinned: where a CPU build is at hand, it is taken, and what follows does not replace it.
 $(VENV)/.installed: setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else f"Python {v[0]}.{v[1]} found, 3.11 to 3.13 expected (transformers 5.23 needs 3.11): make PYTHON=python3.11 ...")'
+	@echo "installing into $(VENV), once; this takes some minutes"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet -e .

@@ -100,9 +100,12 @@ def test_help_lists_exactly_the_commands_that_are_there(capsys: pytest.CaptureFi
     assert listed == present and {"train", "recipes"} <= present
 
 
-def test_every_command_module_is_in_the_table() -> None:
-    modules = {f"vir_hf.commands.{path.stem}" for path in (ROOT / "vir_hf" / "commands").glob("[a-z]*.py")}
-    assert modules <= {command.module for command in COMMANDS.values()}
+def test_every_command_module_can_be_reached() -> None:
+    folder = ROOT / "vir_hf" / "commands"
+    in_table = {command.module.rsplit(".", 1)[1] for command in COMMANDS.values()}
+    for path in folder.glob("[a-z]*.py"):
+        others = [other.read_text() for other in folder.glob("[a-z]*.py") if other != path]
+        assert path.stem in in_table or any(path.stem in text for text in others), f"{path.name} is behind no word"
 
 
 @pytest.mark.parametrize("word", [word for word, command in COMMANDS.items() if command.is_installed])

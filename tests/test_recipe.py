@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import pickle
 import re
 import shlex
 from dataclasses import fields
@@ -139,6 +141,18 @@ def test_the_promised_accelerate_configs_are_there() -> None:
 def test_a_learning_rate_in_scientific_notation_is_a_float() -> None:
     rate = load("training.learning_rate=5e-5").training.learning_rate
     assert rate == 5e-5 and isinstance(rate, float)
+
+
+def test_scientific_notation_without_a_point_is_a_float_in_a_file_too(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(
+        "model: {name_or_path: m}\ndata: {data_path: d}\ntraining: {learning_rate: 5e-5}\n"
+    )
+    assert load_recipe(recipe_file=tmp_path / "r.yaml").training.learning_rate == 5e-5
+
+
+def test_a_recipe_can_be_copied_and_sent_to_a_worker() -> None:
+    recipe = load()
+    assert copy.deepcopy(recipe) == recipe and pickle.loads(pickle.dumps(recipe)) == recipe
 
 
 def test_a_whole_number_may_be_written_as_1e3() -> None:
