@@ -11,7 +11,7 @@ import contextlib
 import io
 import os
 import warnings
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
@@ -22,6 +22,9 @@ from vir_hf.image_folder import ImageFolder, is_url, read_bytes, split_place
 MAX_PIXELS = 89_478_485  # Pillow's own limit for a warning (a quarter of a gigabyte as RGB); we refuse there
 _METADATA_BYTES = 2**17  # EXIF and XMP are segments of at most 64 KiB and come first
 _ORIENTATION = 0x0112
+_TAIL_BYTES = 2**12
+_ENDINGS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # what stands at or near the end of a whole file
+_SAME_FORMATS = {"JPEG": ("MPO",), "PNG": ("APNG",), "TIFF": ("MPO",), "DIB": ("BMP",), "BMP": ("DIB",)}
 
 ImageSource = str | os.PathLike[str] | bytes | dict[str, Any] | Image.Image
 
@@ -83,7 +86,7 @@ def decode_image(data: bytes, name: str) -> Image.Image:
         return _load(_open(io.BytesIO(data), name), name)
 
 
-def _open(file: io.BytesIO | str, name: str) -> Image.Image:
+def _open(file: BinaryIO, name: str) -> Image.Image:
     """Return Pillow's lazily opened image: its header is read, its size checked, nothing is decoded."""
     try:
         image = Image.open(file)
@@ -121,6 +124,58 @@ def _load(image: Image.Image, name: str) -> Image.Image:
 
 def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"[:200]
+
+
+class ImageHeader(NamedTuple):
+    """What the first bytes of an image file say: size in pixels, Pillow's word for the format, size of the file."""
+
+    width: int
+    height: int
+    format: str
+    num_bytes: int
+
+
+def read_image_header(source: str | bytes | dict[str, Any]) -> ImageHeader:
+    """Return the header of an image file at a place (or of its bytes) after making sure that its end is there.
+
+    Nothing is decoded, unless the end looks unusual; then decoding decides. So damage in the middle of a file is not seen.
+
+    Raises:
+        ImageError: as `open_image`.
+    """
+    if isinstance(source, str) and not split_place(source):
+        try:
+            with open(source, "rb") as file:
+                return _read_header(file, source)
+        except ImageError:
+            raise
+        except (OSError, ValueError):
+            pass  # what is wrong with the file is said below
+    data, name = read_image_bytes(source)
+    return _read_header(io.BytesIO(data), name)
+
+
+def _read_header(file: BinaryIO, name: str) -> ImageHeader:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        num_bytes = file.seek(0, os.SEEK_END)
+        if num_bytes == 0:
+            decode_image(b"", name)
+        file.seek(max(0, num_bytes - _TAIL_BYTES))
+        tail = file.read()
+        file.seek(0)
+        image = _open(file, name)
+        header = ImageHeader(*image.size, image.format or "", num_bytes)
+        ending = _ENDINGS.get(header.format)
+        if ending is None or ending not in tail:
+            _load(image, name)
+    return header
+
+
+def is_misnamed(name: str, image_format: str) -> bool:
+    """Whether a file's suffix promises another format than it has."""
+    promised = Image.registered_extensions().get(os.path.splitext(name)[1].lower())
+    return promised is not None and image_format not in (promised, *_SAME_FORMATS.get(promised, ()))
 
 
 def is_upright(data: bytes) -> bool:

@@ -82,8 +82,11 @@ def read_rows(path: str, part: RowRange | None = None) -> Iterator[tuple[int, An
                 yield number, window.decode(number)
 
 
-def split_rows(path: str, max_parts: int) -> list[RowRange]:
-    """Return at most `max_parts` parts of a data file, with about as many rows each, found in one pass over it."""
+def split_rows(path: str, max_parts: int, min_rows: int = 1) -> list[RowRange]:
+    """Return at most `max_parts` parts of a data file, with about as many rows each, found in one pass over it.
+
+    Parts have at least `min_rows` rows; the parts of a Parquet file are its row groups, whatever was asked.
+    """
     with _data_errors(path):
         if path.endswith(".parquet"):
             with _open_parquet(path) as file:
@@ -94,6 +97,7 @@ def split_rows(path: str, max_parts: int) -> list[RowRange]:
         for _ in _read_json_rows(path, ends):
             pass
     num_rows = len(ends) - 1
+    max_parts = min(max_parts, max(1, num_rows // min_rows))
     cuts = sorted({num_rows * part // max_parts for part in range(max_parts + 1)})
     return [RowRange(ends[first], ends[last], first) for first, last in itertools.pairwise(cuts)]
 

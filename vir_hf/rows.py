@@ -83,7 +83,7 @@ def normalise_row(raw: Any, folder: ImageFolder | None, file: str, number: int) 
         images = []
         for reference in row["images"]:
             images.append(_locate(reference, folder))
-        kind, detail = _text_problem(row, row_id)
+        kind, detail = text_problem(row, row_id)
         if kind:
             return BadRow(file, number, row_id, kind, detail)
         return {"id": row_id, "messages": row["messages"], "images": images}
@@ -132,7 +132,7 @@ def _ordinary_row(raw: Any) -> dict[str, Any] | None:
     return {"messages": messages, "images": [] if image is None else [image]}
 
 
-def _text_problem(row: dict[str, Any], row_id: str) -> tuple[str, str]:
+def text_problem(row: dict[str, Any], row_id: str) -> tuple[str, str]:
     """Return what keeps a row from being written or learned from as `(kind, detail)`, or two empty strings."""
     is_supervised = False
     try:

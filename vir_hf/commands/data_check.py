@@ -1,0 +1,203 @@
+"""`vir-hf data check`: what is wrong with a data set, before a GPU is paid for."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from vir_hf.errors import RecipeError
+
+if TYPE_CHECKING:
+    from vir_hf.checks import CheckReport
+
+_EPILOG = """\
+examples:
+  vir-hf data check train.json --image-folder images
+  vir-hf data check train.json --image-folder coco.zip --decode --html check.html
+  vir-hf data check train.json --image-folder images --tokenizer lmsys/vicuna-7b-v1.5 --max-length 2048
+  vir-hf data check experiment=llava15_7b_lora data.data_path=train.json data.image_folder=images
+  vir-hf data check train.json --image-folder images --fix sound.json
+
+exit code: 0 nothing found, 1 problems found, 2 the data cannot be read or the call is wrong.
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Check; return 0 clean, 1 problems, 2 wrong call."""
+    arguments = _parse(argv)
+    from vir_hf.check_report import report_as_html, report_as_json
+    from vir_hf.checks import check_data, without_kinds
+
+    target = _target(arguments)
+    with _progress_bar() as progress:
+        report = check_data(
+            target["path"],
+            target["image_folder"],
+            processor=target["processor"],
+            max_length=target["max_length"],
+            decode=arguments.decode,
+            allow_urls=target["allow_urls"],
+            num_workers=arguments.num_workers,
+            progress=progress,
+        )
+    report = without_kinds(report, arguments.ignore)
+    if arguments.json != "-":
+        _print(report, Console())
+    if arguments.json:
+        text = json.dumps(report_as_json(report, target["batch_size"]), indent=1)
+        if arguments.json == "-":
+            print(text)
+        else:
+            Path(arguments.json).write_text(text + "\n", encoding="utf-8")
+    if arguments.html:
+        Path(arguments.html).write_text(report_as_html(report, target["batch_size"]), encoding="utf-8")
+    if arguments.fix:
+        _fix(report, arguments)
+    return 1 if report.problems else 0
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="vir-hf data check",
+        description="Find what is wrong with LLaVA data: rows, placeholders, answers, lengths, pictures.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "target", nargs="+", metavar="PATH", help="a data file, directory or glob; or a recipe's overrides"
+    )
+    parser.add_argument(
+        "--image-folder", metavar="DIR", help="a folder, .zip or .tar; the data file's own folder by default"
+    )
+    parser.add_argument("--tokenizer", metavar="NAME", help="count tokens with this tokenizer: a folder or Hub id")
+    parser.add_argument("--template", default="vicuna_v1", help="the template the rows are trained with (vicuna_v1)")
+    parser.add_argument("--image-tokens", type=int, default=576, metavar="N", help="tokens a picture takes (576)")
+    parser.add_argument("--max-length", type=int, metavar="N", help="report rows of more tokens than this")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="for the share of padding (16, or the recipe's)")
+    parser.add_argument("--decode", action="store_true", help="decode every picture, instead of its header and end")
+    parser.add_argument("--allow-urls", action="store_true", help="do not report images that are URLs")
+    parser.add_argument(
+        "--ignore", action="append", default=[], metavar="KIND", help="do not report this kind; repeatable"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the whole report as JSON, - for the terminal")
+    parser.add_argument("--html", metavar="FILE", help="write the report as one HTML page")
+    parser.add_argument("--fix", metavar="OUT.json", help="write the sound rows, and OUT.dropped.json with the others")
+    parser.add_argument("--num-workers", type=int, metavar="N", help="processes (all cores)")
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.max_length is not None and arguments.tokenizer is None and not _is_recipe(arguments.target):
+        raise RecipeError("data check: --max-length counts tokens; say whose with --tokenizer NAME, or name a recipe.")
+    return arguments
+
+
+def _is_recipe(target: list[str]) -> bool:
+    return len(target) > 1 or ("=" in target[0] and not os.path.exists(target[0]))
+
+
+def _target(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what to check, from the command line or from a recipe."""
+    if not _is_recipe(arguments.target):
+        from vir_hf.row_processor import make_row_processor
+
+        processor = None
+        if arguments.tokenizer:
+            processor = make_row_processor(arguments.tokenizer, arguments.template, arguments.image_tokens)
+        return {
+            "path": arguments.target[0],
+            "image_folder": arguments.image_folder,
+            "processor": processor,
+            "max_length": arguments.max_length,
+            "allow_urls": arguments.allow_urls,
+            "batch_size": arguments.batch_size or 16,
+        }
+    from vir_hf.recipe import load_recipe
+    from vir_hf.row_processor import load_recipe_processor
+
+    recipe = load_recipe(arguments.target)
+    if recipe.data.data_path is None:
+        raise RecipeError("data check: the recipe has no data.data_path; add data.data_path=ROWS.json.")
+    return {
+        "path": recipe.data.data_path,
+        "image_folder": arguments.image_folder or recipe.data.image_folder,
+        "processor": load_recipe_processor(recipe),
+        "max_length": arguments.max_length or recipe.training.max_length,
+        "allow_urls": arguments.allow_urls or recipe.data.allow_urls,
+        "batch_size": arguments.batch_size or recipe.training.per_device_train_batch_size,
+    }
+
+
+@contextmanager
+def _progress_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """Show how far rows and pictures are, on stderr and only to a person."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        tasks: dict[str, Any] = {}
+
+        def update(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(f"{stage}, in blocks", total=total)
+            bar.update(tasks[stage], completed=done)
+
+        yield update
+
+
+def _print(report: CheckReport, console: Console) -> None:
+    from vir_hf.check_report import statistics
+    from vir_hf.checks import ERRORS
+
+    num_bad, num_refused = len(report.bad_rows), len(report.untrainable_rows)
+    console.print(f"{report.num_rows:,} rows, {len(report.rows_per_image):,} distinct images, {report.seconds:.1f} s")
+    figures = statistics(report)
+    if figures["row_lengths"]:
+        lengths = figures["row_lengths"]
+        console.print(
+            f"{figures['unit']} a row: median {lengths['median']:,}, mean {lengths['mean']:,}, 99 % below {lengths['p99']:,}, "
+            f"longest {lengths['max']:,}"
+        )
+    if not num_bad:
+        console.print("nothing wrong was found", style="green")
+        return
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name, justify in (("kind", "left"), ("", "left"), ("count", "right"), ("first at", "left"), ("what", "left")):
+        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for kind, count in report.kinds().items():
+        first = next(problem for problem in report.problems if problem.kind == kind)
+        style = "red" if kind in ERRORS else "yellow"
+        detail = first.detail if len(first.detail) <= 200 else first.detail[:197] + "..."
+        name = f" (id {first.id})" if first.id else ""
+        table.add_row(
+            f"[{style}]{kind}[/]", first.severity, f"{count:,}", _plain(f"row {first.row}{name}"), _plain(detail)
+        )
+    console.print(table)
+    console.print(f"{num_bad:,} rows with a problem; training refuses {num_refused:,} of them (errors)")
+
+
+def _plain(text: str) -> str:
+    """Return text in which rich sees no markup."""
+    return text.replace("[", "\\[")
+
+
+def _fix(report: CheckReport, arguments: argparse.Namespace) -> None:
+    from vir_hf.check_fix import write_sound_rows
+
+    kept, dropped = write_sound_rows(report, arguments.fix)
+    print(
+        f"{arguments.fix}: {kept:,} sound rows; {dropped:,} dropped, listed in {_dropped_name(arguments.fix)}",
+        file=sys.stderr,
+    )
+
+
+def _dropped_name(out: str) -> str:
+    from vir_hf.check_fix import dropped_path
+
+    return str(dropped_path(out))

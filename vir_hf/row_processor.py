@@ -1,0 +1,85 @@
+"""What `encode_row` needs, made from names alone: tokenizer, template and the size of a picture, but no weights."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from vir_hf.errors import RecipeError
+
+if TYPE_CHECKING:
+    from vir_hf.llava.processing_llava import LlavaProcessor
+    from vir_hf.recipe import Recipe
+
+_TOWERS_WITH_CLASS_TOKEN = ("clip", "clip_vision_model")
+
+
+def make_row_processor(tokenizer_name: str, template: str = "vicuna_v1", num_image_tokens: int = 576) -> Any:
+    """Return a tokenizer with a template, which is enough for `encode_row` (it has no image processor).
+
+    Raises:
+        RecipeError: the tokenizer cannot be loaded, or the template is unknown.
+    """
+    from vir_hf.templates import chat_template_for, prepare_tokenizer
+
+    tokenizer = _load(_auto("AutoTokenizer"), tokenizer_name, "--tokenizer", legacy=False)
+    prepare_tokenizer(tokenizer, template, "<image>")
+    return SimpleNamespace(
+        tokenizer=tokenizer,
+        image_token="<image>",
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        num_image_tokens=num_image_tokens,
+        template=template,
+        chat_template=chat_template_for(template, tokenizer),
+    )
+
+
+def load_recipe_processor(recipe: Recipe) -> LlavaProcessor:
+    """Return the processor a recipe trains with, without loading its model.
+
+    Raises:
+        RecipeError: a part that cannot be loaded.
+    """
+    from vir_hf.llava.processing_llava import LlavaProcessor
+    from vir_hf.loading import load_processor
+
+    wanted = recipe.model
+    if wanted.name_or_path:
+        return load_processor(wanted.name_or_path, wanted.template, wanted.revision)
+    if not (wanted.language_model and wanted.vision_tower):
+        raise RecipeError(
+            "model: nothing says how rows are tokenised. Set model.name_or_path, or model.language_model and "
+            "model.vision_tower."
+        )
+    tokenizer_name = wanted.tokenizer or wanted.language_model
+    tokenizer = _load(_auto("AutoTokenizer"), tokenizer_name, "model.tokenizer", legacy=False)
+    image_processor = _load(_auto("AutoImageProcessor"), wanted.vision_tower, "model.vision_tower")
+    config = _load(_auto("AutoConfig"), wanted.vision_tower, "model.vision_tower")
+    has_class_token = config.model_type in _TOWERS_WITH_CLASS_TOKEN
+    strategy = wanted.vision_feature_select_strategy
+    return LlavaProcessor.from_components(
+        tokenizer,
+        image_processor,
+        wanted.template,
+        patch_size=getattr(config, "vision_config", config).patch_size,
+        vision_feature_select_strategy=strategy if strategy != "auto" else "default" if has_class_token else "full",
+        num_additional_image_tokens=int(has_class_token),
+        image_aspect_ratio=wanted.image_aspect_ratio,
+    )
+
+
+def _auto(name: str) -> Any:
+    import transformers
+
+    return getattr(transformers, name)
+
+
+def _load(auto_class: Any, name: str, key: str, **options: Any) -> Any:
+    try:
+        return auto_class.from_pretrained(name, **options)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RecipeError(
+            f"{key}={name}: could not be loaded: {reason} Expected a folder saved by save_pretrained or a Hub id (a gated one "
+            "needs `hf auth login`; offline, only what is in the cache)."
+        ) from error
