@@ -16,10 +16,12 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, ByT5Tokenizer, LlavaImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
 import vir_hf.conversations
+from vir_hf import chat_layout
 from vir_hf.conversations import (
     IGNORE,
     PROBLEM_KINDS,
@@ -571,6 +573,31 @@ def check_stock_prompts(processor: Any, stock: Any) -> None:
         assert whole[: len(encoded["input_ids"])] == encoded["input_ids"]
 
 
+@pytest.mark.parametrize("template", ["vicuna_v1", "llama_2", "llama_3", "chatml", "auto"])
+@pytest.mark.parametrize("kind", ["bytes_with_turns", "metaspace"])
+def test_stock_processor_gives_the_ids_of_the_prompt(kind: str, template: str) -> None:
+    processor = tiny(kind, template)
+    stock = LlavaProcessor(
+        LlavaImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}),
+        processor.tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="full",
+        num_additional_image_tokens=NUM_IMAGE_TOKENS - 4,
+        chat_template=processor.chat_template,
+    )
+    picture = Image.new("RGB", (28, 28))
+    parts = [
+        {"type": "text", "text": "What is in"},
+        {"type": "image", "image": picture},
+        {"type": "text", "text": " it?"},
+    ]
+    messages = [{"role": "user", "content": parts}]
+    batch = stock.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+    ids = encode_prompt({"messages": messages, "images": [picture]}, processor)
+    assert batch["input_ids"] == [ids]
+    assert ids.count(processor.image_token_id) == NUM_IMAGE_TOKENS
+
+
 class TestMeaningOfOddRows:
     @pytest.mark.parametrize("template", [*TEMPLATES, "auto"])
     def test_empty_answer_is_context_and_teaches_nothing(self, template: str) -> None:
@@ -744,23 +771,17 @@ class TestAutoTemplates:
         with pytest.raises(DataError, match="cannot be told apart"):
             encode_row(llava_row("q", "a cat"), make_processor(make_tokenizer("bytes"), "auto", shouts))
 
-    def test_template_that_writes_the_time_is_found_anew(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_template_that_writes_the_date_is_found_anew_on_another_day(self, monkeypatch: pytest.MonkeyPatch) -> None:
         dated = "<|im_start|>system\n{{ strftime_now('%Y') }}<|im_end|>\n" + AUTO_TEMPLATES["chatml"]
         processor = tiny("bytes_with_turns", "auto", dated)
         before = encode_row(llava_row("q", "Blue"), processor)
-        later = dated.replace("strftime_now('%Y')", "'2099'")
-        import vir_hf.chat_layout as chat_layout
-
         render = chat_layout.render
-        monkeypatch.setattr(
-            chat_layout,
-            "render",
-            lambda tokenizer, chat_template, messages, prompt=False: render(
-                tokenizer, chat_template.replace("strftime_now('%Y')", "'2099'"), messages, prompt
-            ),
-        )
+
+        def render_later(tokenizer: Any, chat_template: str, *args: Any) -> str:
+            return render(tokenizer, chat_template.replace("strftime_now('%Y')", "'2099'"), *args)
+
+        monkeypatch.setattr(chat_layout, "render", render_later)
         after = encode_row(llava_row("q", "Blue"), processor)
-        assert later != dated
         assert "2099" in decode(processor.tokenizer, after["input_ids"])
         assert learned_texts(after, processor) == learned_texts(before, processor) == ["Blue<|im_end|>"]
 
@@ -1022,3 +1043,13 @@ class TestRealTokenizers:
 @cache
 def generic_llama(file: str, template: str, names: tuple[tuple[str, str], ...]) -> SimpleNamespace:
     return make_processor(PreTrainedTokenizerFast(tokenizer_file=file, **dict(names)), template)
+
+
+def test_rows_shown_in_the_docs_are_rows() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "data-formats.md").read_text(encoding="utf-8")
+    blocks = [json.loads(block.split("```")[0]) for block in text.split("```json\n")[1:]]
+    rows = [block for block in blocks if isinstance(block, dict) and {"conversations", "messages"} & set(block)]
+    assert len(rows) >= 3
+    for row in rows:
+        assert list(row_problems(row)) == []
+        assert encode_row(row, tiny("bytes_with_turns", "vicuna_v1"))["input_ids"]
