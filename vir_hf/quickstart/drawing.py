@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,7 @@ COLOURS = {
     "orange": (245, 135, 30),
 }
 SHAPES = ("circle", "square", "triangle")
-PLACES = ("top left", "top right", "bottom left", "bottom right")
+PLACES = ("top-left", "top-right", "bottom-left", "bottom-right")
 NUMBERS = ("one", "two", "three", "four")
 KINDS = ("colour", "shape", "count", "position")
 PICTURE_SIZE = 64
@@ -100,44 +99,40 @@ def ask_about(scene: Scene) -> list[Question]:
     ]
 
 
-def write_pictures(folder: Path, *, num_pictures: int, num_heldout: int, seed: int) -> list[Scene]:
+def write_pictures(folder: Path, *, num_pictures: int, num_questions: int, seed: int) -> list[Scene]:
     """Return the training scenes, in file order, after writing all pictures and their LLaVA rows under `folder`.
 
     `images/` holds the pictures, `pretrain.json` a caption for each, `finetune.json` a conversation for each, and
     `heldout.json` one question a row about pictures whose scenes no training picture shows.
+
+    Args:
+        num_questions: held-out questions of each kind, a multiple of 72, so that all answers can come equally often.
     """
     rng = random.Random(seed)
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    heldout: dict[Scene, None] = {}
-    while len(heldout) < num_heldout:
-        heldout[random_scene(len(heldout) % len(NUMBERS) + 1, rng)] = None
+    heldout = examine(num_questions, rng)
     scenes: list[Scene] = []
     while len(scenes) < num_pictures:
         scene = random_scene(len(scenes) % len(NUMBERS) + 1, rng)
         if scene not in heldout:
             scenes.append(scene)
 
-    captions, conversations = [], []
+    captions, conversations, tests = [], [], []
     for number, scene in enumerate(scenes):
-        name = f"train_{number:05d}.png"
-        draw_scene(scene, rng).save(folder / "images" / name, compress_level=1)
+        image = _save(draw_scene(scene, rng), folder, f"train_{number:05d}.png")
         caption = [Question("caption", "", describe_scene(scene))]
-        captions.append(_to_llava_row(f"caption-{number:05d}", name, caption))
-        conversations.append(_to_llava_row(f"talk-{number:05d}", name, _converse(scene, rng)))
-    _write_json(folder / "pretrain.json", captions)
-    _write_json(folder / "finetune.json", conversations)
-
-    tests, asked = [], Counter[Question]()
-    for number, scene in enumerate(heldout):
-        name = f"heldout_{number:05d}.png"
-        draw_scene(scene, rng).save(folder / "images" / name, compress_level=1)
-        for question in _examine(scene, asked, rng):
-            tests.append(_to_llava_row(f"heldout-{number:05d}-{question.kind}", name, [question]))
-    _write_json(folder / "heldout.json", tests)
+        captions.append(_to_llava_row(f"caption-{number:05d}", image, caption))
+        conversations.append(_to_llava_row(f"talk-{number:05d}", image, converse(scene, rng)))
+    for number, (scene, questions) in enumerate(heldout.items()):
+        image = _save(draw_scene(scene, rng), folder, f"heldout_{number:05d}.png")
+        for question in questions:
+            tests.append(_to_llava_row(f"heldout-{number:05d}-{question.kind}", image, [question]))
+    for name, rows in (("pretrain", captions), ("finetune", conversations), ("heldout", tests)):
+        (folder / f"{name}.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
     return scenes
 
 
-def _converse(scene: Scene, rng: random.Random) -> list[Question]:
+def converse(scene: Scene, rng: random.Random) -> list[Question]:
     """Return the questions of one training row: how many, and for every object its shape and its colour or its place.
 
     Never both colour and place of one object: each would give the other away without a look at the picture.
@@ -149,14 +144,40 @@ def _converse(scene: Scene, rng: random.Random) -> list[Question]:
     return talk
 
 
-def _examine(scene: Scene, asked: Counter[Question], rng: random.Random) -> Iterator[Question]:
-    """Yield one question of each kind, each time the one asked least so far, so that no answer is the better guess."""
-    for kind in KINDS:
-        candidates = [question for question in ask_about(scene) if question.kind == kind]
-        rng.shuffle(candidates)
-        question = min(candidates, key=lambda candidate: asked[candidate])
-        asked[question] += 1
-        yield question
+def examine(num_questions: int, rng: random.Random) -> dict[Scene, list[Question]]:
+    """Return held-out scenes and at most one question of each kind about each of them.
+
+    Every question is asked equally often with every possible answer, so the question alone is worth nothing.
+    """
+    num_cells = {
+        "colour": len(PLACES) * len(COLOURS),
+        "shape": len(COLOURS) * len(SHAPES),
+        "count": len(NUMBERS),
+        "position": len(COLOURS) * len(PLACES),
+    }
+    quota = {kind: num_questions // num for kind, num in num_cells.items()}
+    if any(quota[kind] * num_cells[kind] != num_questions for kind in KINDS):
+        raise ValueError(f"num_questions={num_questions}: expected a multiple of every number in {num_cells}")
+    asked: Counter[Question] = Counter()
+    exam: dict[Scene, list[Question]] = {}
+    while asked.total() < num_questions * len(KINDS):
+        scene = random_scene(rng.randint(1, len(NUMBERS)), rng)
+        if scene in exam:
+            continue
+        open_questions = [question for question in ask_about(scene) if asked[question] < quota[question.kind]]
+        rng.shuffle(open_questions)
+        chosen = {question.kind: question for question in open_questions}
+        if len(scene) == 1 and "count" not in chosen:
+            continue  # there are few such scenes, and training needs some
+        if chosen:
+            exam[scene] = [chosen[kind] for kind in KINDS if kind in chosen]
+            asked.update(exam[scene])
+    return exam
+
+
+def _save(image: Image.Image, folder: Path, name: str) -> str:
+    image.save(folder / "images" / name, compress_level=1)
+    return name
 
 
 def _to_llava_row(row_id: str, image: str, questions: list[Question]) -> dict[str, object]:
@@ -166,7 +187,3 @@ def _to_llava_row(row_id: str, image: str, questions: list[Question]) -> dict[st
         text = f"<image>\n{question.text}".strip() if number == 0 else question.text
         turns += [{"from": "human", "value": text}, {"from": "gpt", "value": question.answer}]
     return {"id": row_id, "image": image, "conversations": turns}
-
-
-def _write_json(path: Path, rows: list[dict[str, object]]) -> None:
-    path.write_text(json.dumps(rows, indent=1), encoding="utf-8")

@@ -1,0 +1,219 @@
+"""From nothing to a model that answers questions about pictures: what `vir-hf train experiment=quickstart` does.
+
+outputs/quickstart/data/                 pictures, pretrain.json, finetune.json, heldout.json
+outputs/quickstart/parts/                vision_tower and language_model, as Hugging Face folders
+outputs/quickstart/pretrain/             stage 1: the projector
+outputs/quickstart/                      stage 2: the model, recipe.yaml, metrics.json and samples.png
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from vir_hf.errors import RecipeError
+from vir_hf.inference import Answerer, Question
+from vir_hf.quickstart.drawing import KINDS, draw_blank, write_pictures
+from vir_hf.quickstart.panel import Sample, draw_panel
+from vir_hf.quickstart.parts import make_language_model, make_vision_tower
+from vir_hf.recipe import Recipe
+from vir_hf.training import train, write_json
+
+ANSWER_BATCH = 96
+MAX_ANSWER_TOKENS = 8
+NUM_SAMPLES = 6
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is drawn and how long the parts learn before the two stages; tests make it small."""
+
+    num_pictures: int = 6400
+    num_questions: int = 144  # held-out ones of each kind
+    tower_steps: int = 350
+    pretrain_rows: int = 1920
+
+
+@dataclass
+class Timer:
+    """Seconds of each part of the run."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def measure(self, name: str, title: str) -> Iterator[None]:
+        """Print a heading, and keep how long what follows took."""
+        print(f"\n== {title}", flush=True)
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - started, 1)
+
+
+def run_quickstart(recipe: Recipe, size: Size | None = None) -> dict[str, Any]:
+    """Draw, make the parts, train both stages, answer the held-out questions; return what `metrics.json` holds.
+
+    The recipe describes stage 2. Beside what every run reports, the metrics hold `heldout_accuracy` (exact answers about
+    scenes never trained on), `blind_accuracy` (the same questions, a blank picture), `chance_accuracy` (the commonest
+    training answer to each question) and `accuracy_by_kind`.
+
+    Raises:
+        RecipeError: more than one process.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RecipeError(
+            "experiment=quickstart: draws and trains in one process, found WORLD_SIZE="
+            f"{os.environ['WORLD_SIZE']}. Start it with `vir-hf train`, or choose another experiment."
+        )
+    size, timer = size or Size(), Timer()
+    output_dir = Path(recipe.training.output_dir)
+    data, parts = output_dir / "data", output_dir / "parts"
+    seed = int(recipe.training.seed)
+    with timer.measure("drawing", f"1/5 drawing {size.num_pictures} pictures and the conversations about them"):
+        scenes = write_pictures(data, num_pictures=size.num_pictures, num_questions=size.num_questions, seed=seed)
+    rows = {name: read_rows(data / f"{name}.json") for name in ("pretrain", "finetune", "heldout")}
+    with timer.measure("parts", "2/5 making a tiny language model and a tiny vision tower, and training the tower"):
+        make_language_model(parts / "language_model", texts_of(rows["pretrain"] + rows["finetune"]), seed=seed)
+        images = [data / "images" / str(row["image"]) for row in rows["pretrain"]]
+        tower_loss = make_vision_tower(parts / "vision_tower", images, scenes, num_steps=size.tower_steps, seed=seed)
+    with timer.measure("pretrain", "3/5 stage 1: the projector learns to show pictures to the language model"):
+        first = train(pretrain_recipe(recipe, data, parts, size.pretrain_rows))
+    with timer.measure("finetune", "4/5 stage 2: projector and language model learn to answer"):
+        metrics = train(finetune_recipe(recipe, data, parts))
+    with timer.measure("evaluation", f"5/5 answering {len(rows['heldout'])} questions about pictures never trained on"):
+        scores, samples = evaluate(Answerer.load(str(output_dir)), rows["heldout"], rows["finetune"], data / "images")
+        draw_panel(samples).save(output_dir / "samples.png")
+    metrics |= scores | {
+        "tower_loss": tower_loss,
+        "pretrain": {name: first[name] for name in ("num_steps", "num_rows", "first_loss", "final_loss")},
+        "seconds_by_part": timer.seconds,
+        "quickstart_seconds": round(sum(timer.seconds.values()), 1),
+        "samples": str(output_dir / "samples.png"),
+    }
+    write_json(output_dir / "metrics.json", metrics)
+    print(summary(metrics), flush=True)
+    return metrics
+
+
+def pretrain_recipe(recipe: Recipe, data: Path, parts: Path, num_rows: int) -> Recipe:
+    """Return stage 1: the projector alone, on captions, tower and language model frozen."""
+    first = finetune_recipe(recipe, data, parts)
+    first.experiment.name, first.experiment.stage = "quickstart_pretrain", "pretrain"
+    first.model.template = "plain"
+    first.model.pretrained_projector = None
+    first.data.data_path, first.data.max_rows = str(data / "pretrain.json"), num_rows
+    first.training.stage = "pretrain"
+    first.training.arguments |= {
+        "output_dir": str(Path(recipe.training.output_dir) / "pretrain"),
+        "num_train_epochs": 1.0,
+    }
+    first.trainable.language_model = "frozen"
+    return first
+
+
+def finetune_recipe(recipe: Recipe, data: Path, parts: Path) -> Recipe:
+    """Return the recipe with what was drawn and made filled in; saved beside the model, it is an ordinary one."""
+    second = copy.deepcopy(recipe)
+    second.model.language_model = str(parts / "language_model")
+    second.model.vision_tower = str(parts / "vision_tower")
+    second.model.pretrained_projector = str(Path(recipe.training.output_dir) / "pretrain")
+    second.data.data_path, second.data.image_folder = str(data / "finetune.json"), str(data / "images")
+    return second
+
+
+def evaluate(
+    answerer: Answerer, heldout: list[dict[str, Any]], training: list[dict[str, Any]], images: Path
+) -> tuple[dict[str, Any], list[Sample]]:
+    """Return the scores over the held-out rows, and the samples to show: one row of each kind, then more."""
+    asked = [next(questions_of(row)) for row in heldout]
+    kinds = [str(row["id"]).rsplit("-", 1)[-1] for row in heldout]
+    paths = [str(images / row["image"]) for row in heldout]
+    blank = draw_blank()
+    seen = answer_all(answerer, [Question(text, [path]) for (text, _), path in zip(asked, paths, strict=True)])
+    blind = answer_all(answerer, [Question(text, [blank]) for text, _ in asked])
+    guesses = commonest_answers(training)
+    right = [given == answer for given, (_, answer) in zip(seen, asked, strict=True)]
+    scores = {
+        "heldout_accuracy": mean(right),
+        "blind_accuracy": mean(given == answer for given, (_, answer) in zip(blind, asked, strict=True)),
+        "chance_accuracy": mean(guesses.get(text) == answer for text, answer in asked),
+        "accuracy_by_kind": {
+            kind: mean(hit for hit, of in zip(right, kinds, strict=True) if of == kind) for kind in KINDS
+        },
+        "num_heldout_questions": len(asked),
+        "num_heldout_pictures": len(set(paths)),
+    }
+    shown = choose_samples(paths, kinds)
+    return scores, [Sample(Image.open(paths[i]).convert("RGB"), *asked[i], seen[i]) for i in shown]
+
+
+def answer_all(answerer: Answerer, questions: list[Question]) -> list[str]:
+    """Return the generated answers, batch by batch."""
+    batches = [questions[start : start + ANSWER_BATCH] for start in range(0, len(questions), ANSWER_BATCH)]
+    return [text for batch in batches for text in answerer.answer_batch(batch, max_new_tokens=MAX_ANSWER_TOKENS)]
+
+
+def commonest_answers(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """Return, for every question of the training rows, its commonest answer: the best guess without the picture."""
+    answers: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for row in rows:
+        for question, answer in questions_of(row):
+            answers[question][answer] += 1
+    return {question: counts.most_common(1)[0][0] for question, counts in answers.items()}
+
+
+def choose_samples(paths: list[str], kinds: list[str]) -> list[int]:
+    """Return row numbers for the panel: every kind in turn, each on a picture of its own. No answer is looked at."""
+    chosen: list[int] = []
+    while len(chosen) < min(NUM_SAMPLES, len(set(paths))):
+        kind = KINDS[len(chosen) % len(KINDS)]
+        shown = {paths[i] for i in chosen}
+        fresh = [i for i, path in enumerate(paths) if path not in shown]
+        # From the end of the file, where pictures hold more objects.
+        chosen.append(next((i for i in reversed(fresh) if kinds[i] == kind), fresh[-1]))
+    return chosen
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a LLaVA JSON file that this run has written."""
+    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    return rows
+
+
+def texts_of(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield every text of the rows, without the image placeholder."""
+    for row in rows:
+        for turn in row["conversations"]:
+            yield turn["value"].replace("<image>", "")
+
+
+def questions_of(row: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield question and answer of each round of a row, the question without the image placeholder."""
+    values = [turn["value"].replace("<image>", "").strip() for turn in row["conversations"]]
+    yield from zip(values[0::2], values[1::2], strict=True)
+
+
+def mean(hits: Any) -> float:
+    """Return the share of true values, to four places."""
+    values = list(hits)
+    return round(sum(values) / len(values), 4)
+
+
+def summary(metrics: dict[str, Any]) -> str:
+    """Return the figures of the run as the lines that end it."""
+    kinds = ", ".join(f"{kind} {score:.2f}" for kind, score in metrics["accuracy_by_kind"].items())
+    parts = ", ".join(f"{name} {seconds:.0f}" for name, seconds in metrics["seconds_by_part"].items())
+    return (
+        f"\nexact answers to {metrics['num_heldout_questions']} held-out questions: {metrics['heldout_accuracy']:.3f} ({kinds})\n"
+        f"the same with a blank picture: {metrics['blind_accuracy']:.3f}; the best guess: {metrics['chance_accuracy']:.3f}\n"
+        f"{metrics['quickstart_seconds']:.0f} s ({parts}); six of them with their pictures: {metrics['samples']}"
+    )
