@@ -1,0 +1,66 @@
+"""`vir-hf launch`: train on this machine's GPUs through accelerate, or on the CPU where there are none."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the accelerate command and run it; returns its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="vir-hf launch",
+        description="Find the GPUs, choose an accelerate config by model and machine where none is named, print the command "
+        "and run it. Everything after the options is as for vir-hf train.",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="experiment=NAME and section.key=value")
+    parser.add_argument("--config", help="a config of accelerate_configs (zero2, multi_gpu, ...) or a file")
+    parser.add_argument("--num-gpus", default="all", help="how many GPUs (default: all)")
+    parser.add_argument("--recipe", help="a recipe.yaml that a run has written")
+    parser.add_argument("--recipes-dir", help="a folder of your own recipes")
+    parser.add_argument(
+        "--resume", nargs="?", const="auto", help="go on from the newest whole checkpoint, or from this one"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the command only")
+    options = parser.parse_args(argv)
+    if options.num_gpus != "all" and not options.num_gpus.isdigit():
+        parser.error(f"--num-gpus {options.num_gpus}: expected a number or all")
+
+    from vir_hf.recipe import load_recipe
+
+    recipe = load_recipe(options.overrides, recipe_file=options.recipe, recipes_dir=options.recipes_dir)
+    from vir_hf.launching import compose
+
+    found, gpu_bytes = gpus()
+    arguments = list(options.overrides)
+    for name in ("recipe", "recipes_dir", "resume"):
+        value = getattr(options, name)
+        if value is not None:
+            arguments += [f"--{name.replace('_', '-')}", value]
+    launch = compose(
+        recipe,
+        arguments,
+        config=options.config,
+        num_gpus=None if options.num_gpus == "all" else int(options.num_gpus),
+        found_gpus=found,
+        gpu_bytes=gpu_bytes,
+    )
+    print(f"{launch.reason}\n{launch}", flush=True)
+    if options.dry_run:
+        return 0
+    return subprocess.run(launch.words, env={**os.environ, **launch.environment}, check=False).returncode
+
+
+def gpus() -> tuple[int, int]:
+    """How many CUDA GPUs there are, and the memory of the smallest in bytes."""
+    import torch
+
+    count = torch.cuda.device_count()
+    return count, min((torch.cuda.get_device_properties(i).total_memory for i in range(count)), default=0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
