@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tiny_training import NF4, load, logits_of, recipe_for, run
+from tiny_training import NF4, UNQUANTIZED, load, logits_of, recipe_for, run
 from transformers import LlavaForConditionalGeneration, TrainerCallback
 
 from vir_hf.adapters import base_of
@@ -427,3 +427,23 @@ def test_training_beside_4_bit_weights_resumes_to_the_same_bits(tiny_parts: Path
     found = load_file(tmp_path / "again" / "adapter_model.safetensors")
     assert set(found) == set(expected)
     assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("quantization", [UNQUANTIZED, NF4], ids=["none", "nf4"])
+def test_a_whole_model_is_saved_in_the_dtype_it_was_loaded_in(
+    quantization: dict[str, object], tiny_parts: Path, tmp_path: Path
+):
+    """Trained in fp32, stored as bf16; the projector file keeps every bit for the next stage."""
+    changes = {"experiment": "local_lite_pretrain", "model.template": "plain", "model.dtype": "bfloat16"}
+    run(tiny_parts, tmp_path / "run", **changes, **quantization, **{"training.max_steps": 2})
+    stored = {
+        value.dtype for value in load_file(tmp_path / "run" / "model.safetensors").values() if value.is_floating_point()
+    }
+    assert stored - {torch.float32} == {torch.bfloat16}
+    assert (torch.float32 in stored) == (quantization is NF4)  # the scales of 4-bit weights
+    exact = load_file(tmp_path / "run" / "projector.safetensors")
+    assert any((value != value.to(torch.bfloat16).float()).any() for value in exact.values())
+    stock = LlavaForConditionalGeneration.from_pretrained(tmp_path / "run", dtype=torch.bfloat16)
+    keep_layout(stock)
+    ours, processor = load_run(tmp_path / "run", dtype=torch.bfloat16)
+    assert torch.equal(logits_of(stock, tiny_parts, processor), logits_of(ours, tiny_parts, processor))

@@ -27,6 +27,8 @@ _CANDIDATES = (
     "adapter_model.safetensors",
     "model.safetensors",
     "model.safetensors.index.json",
+    "base/model.safetensors",
+    "base/model.safetensors.index.json",
 )
 _WORDS = ("multi_modal_projector", "mm_projector")
 # The original keeps its layers in an nn.Sequential: linear, activation, linear ...
@@ -49,11 +51,7 @@ def projector_of(model: nn.Module) -> nn.Module:
 
 def save_projector(model: nn.Module, folder: Path) -> Path:
     """Write `projector.safetensors` (keys `linear_1.weight` ...), which `model.pretrained_projector` picks up."""
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in projector_of(model).state_dict().items()}
-    path = folder / PROJECTOR_FILE
-    save_file(state, path, metadata={"format": "pt"})
-    return path
+    return _write(projector_of(model).state_dict(), folder)
 
 
 def load_projector(model: nn.Module, source: str | Path) -> None:
@@ -103,16 +101,39 @@ def read_projector(source: str | Path) -> tuple[dict[str, torch.Tensor], Path]:
                 f"{_KEY}={source}: the folder holds none of {', '.join(_CANDIDATES)}. Name the output directory of a pretrain "
                 "run that has ended, or a projector file."
             )
-        path = inside[0]
-    elif not path.is_file():
+    elif path.is_file():
+        inside = [path]
+    else:
         raise RecipeError(
             f"{_KEY}={source}: there is no such file or folder. Run the pretrain stage first (it writes {PROJECTOR_FILE} into "
             "its training.output_dir), or name LLaVA's mm_projector.bin."
         )
-    state = {_our_name(key): value for key, value in _projector_tensors(path).items()}
-    if not state:
-        raise RecipeError(f"{_KEY}={source}: {path.name} holds no projector; expected keys such as linear_1.weight.")
-    return state, path
+    for candidate in inside:
+        state = {_our_name(key): value for key, value in _projector_tensors(candidate).items()}
+        if state:
+            return state, candidate
+    names = ", ".join(candidate.name for candidate in inside)
+    raise RecipeError(f"{_KEY}={source}: {names} holds no projector; expected keys such as linear_1.weight.")
+
+
+def extract_projector(folder: Path) -> None:
+    """Write `projector.safetensors` beside saved weights that hold a projector; beside an adapter without one, nothing.
+
+    From the files, not from memory: under ZeRO-3 and FSDP no process holds the whole projector.
+    """
+    for name in _CANDIDATES[2:5]:
+        state = _projector_tensors(folder / name) if (folder / name).is_file() else {}
+        if state:
+            _write({_our_name(key): value for key, value in state.items()}, folder)
+
+
+def _write(state: dict[str, torch.Tensor], folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / PROJECTOR_FILE
+    save_file(
+        {name: value.detach().cpu().contiguous() for name, value in state.items()}, path, metadata={"format": "pt"}
+    )
+    return path
 
 
 def to_original(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -387,13 +389,34 @@ def keep_base(
         if source is not None and source.is_dir() and not is_changed:
             _link_files(source, temporary)  # the base of the run this one goes on from, without a second copy
         else:
-            model.save_pretrained(temporary)
+            with rounded_to(model, model.dtype):
+                model.save_pretrained(temporary)
             processor.save_pretrained(temporary)
         (temporary / MADE_FROM).write_text(json.dumps(made_from(recipe), indent=2) + "\n", encoding="utf-8")
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(temporary, folder)
     model.name_or_path = model.config._name_or_path = str(folder.resolve())
+
+
+@contextlib.contextmanager
+def rounded_to(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Hold fp32 weights in `dtype` for the time of saving, and then exactly as they were.
+
+    A checkpoint of one dtype: beside 4-bit weights transformers loads others as they are stored, so fp32 weights would
+    meet 16-bit activations.
+    """
+    wide = [
+        parameter for parameter in model.parameters() if parameter.dtype == torch.float32 and parameter.dtype != dtype
+    ]
+    values = [parameter.data for parameter in wide]
+    try:
+        for parameter in wide:
+            parameter.data = parameter.data.to(dtype)
+        yield
+    finally:
+        for parameter, value in zip(wide, values, strict=True):
+            parameter.data = value
 
 
 def _link_files(source: Path, target: Path) -> None:
@@ -462,6 +485,9 @@ def load_run(
     else:
         model, base_name = load_base(adapter, base, loading)
         model = PeftModel.from_pretrained(model, str(adapter))
+        for name, parameter in model.named_parameters():
+            if "lora_" in name or ".modules_to_save." in name:  # PEFT loads them in fp32, for training
+                parameter.data = parameter.data.to(dtype)
         processor = load_processor(processor_place(adapter, base_name))
     keep_layout(model)
     if device is None and torch.cuda.is_available():

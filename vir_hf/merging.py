@@ -131,6 +131,8 @@ def merge_adapter(model: PeftModel) -> LlavaForCausalLM:
         )
     merged = model.merge_and_unload()
     merged.requires_grad_(False)
+    for parameter in merged.parameters():  # PEFT keeps trained copies in fp32
+        parameter.data = parameter.data.to(merged.dtype)
     return merged.eval()
 
 

@@ -114,8 +114,9 @@ class LlavaModel(NativeLlavaModel):
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
         """`(num_images, num_patches, vision_hidden)` -> `(num_images, num_patches, text_hidden)`."""
-        weight = next(self.multi_modal_projector.parameters())
-        return self.multi_modal_projector(features.to(weight.dtype))
+        weight = self.multi_modal_projector.linear_1.weight  # under PEFT the copy that is trained, which is fp32
+        dtype = weight.dtype if weight.is_floating_point() else features.dtype
+        return self.multi_modal_projector(features.to(dtype))
 
     def get_image_features(
         self,
