@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from accelerate import PartialState
 
 from vir_hf.conversations import encode_row
-from vir_hf.errors import RecipeError
+from vir_hf.errors import DataError, RecipeError
 from vir_hf.llava.processing_llava import LlavaProcessor
+from vir_hf.rows import BadRow, BadRowPolicy
 from vir_hf.sampling import RowSize, StepSampler
 
 if TYPE_CHECKING:
@@ -23,8 +24,10 @@ if TYPE_CHECKING:
 _ROWS_PER_PROCESS = 20_000
 
 
-def plan_steps(recipe: Recipe, rows: Dataset, processor: LlavaProcessor, world_size: int, rank: int) -> StepSampler:
-    """Return this rank's plan of every optimizer step.
+def plan_steps(
+    recipe: Recipe, sizes: list[RowSize], processor: LlavaProcessor, world_size: int, rank: int
+) -> StepSampler:
+    """Return this rank's plan of every optimizer step over rows of these sizes.
 
     Raises:
         RecipeError: the global batch is no multiple of what the layout computes at once.
@@ -33,7 +36,7 @@ def plan_steps(recipe: Recipe, rows: Dataset, processor: LlavaProcessor, world_s
     budget = training.max_tokens_per_batch
     rows_per_step = global_batch_size(recipe, world_size)
     return StepSampler(
-        row_sizes(rows, processor, training.max_length),
+        sizes,
         rows_per_step,
         micro_batch_rows=None if budget else min(training.per_device_train_batch_size, rows_per_step // world_size),
         max_tokens_per_batch=budget,
@@ -76,20 +79,30 @@ def global_batch_size(recipe: Recipe, world_size: int) -> int:
     return int(wanted)
 
 
-def row_sizes(rows: Dataset, processor: LlavaProcessor, max_length: int | None) -> list[RowSize]:
-    """Return every row's size from its text and image count; no picture is opened.
+def measure_rows(
+    rows: Dataset, processor: LlavaProcessor, recipe: Recipe, bad_rows: list[BadRow]
+) -> tuple[Dataset, list[RowSize]]:
+    """Return the rows that can be encoded and their sizes, from text and image count; no picture is opened.
 
     One process a node measures, with all its cores, and keeps the result beside the rows' own cache; the others read it.
+
+    Args:
+        bad_rows: receives the rows left out under `data.on_bad_row=skip`, with their numbers among `rows`.
+
+    Raises:
+        DataError: a row that cannot be encoded (nothing to learn, too long for its pictures) under `data.on_bad_row=raise`.
     """
+    max_length = recipe.training.max_length
 
     def measure(row: dict[str, Any]) -> dict[str, Any]:
-        encoding = encode_row(row, processor, max_length=max_length)
         first = row["images"][0] if row["images"] else None
-        return {
-            "num_tokens": len(encoding["input_ids"]),
-            "num_images": encoding.get("num_images", len(row["images"])),
-            "image_key": None if first is None else _image_key(first),
-        }
+        size = {"image_key": None if first is None else _image_key(first), "reason": None}
+        try:
+            encoding = encode_row(row, processor, max_length=max_length)
+        except DataError as error:
+            return {"num_tokens": 0, "num_images": 0, **size, "reason": str(error)}
+        num_images = encoding.get("num_images", len(row["images"]))
+        return {"num_tokens": len(encoding["input_ids"]), "num_images": num_images, **size}
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     num_proc = min(cores, len(rows) // _ROWS_PER_PROCESS)
@@ -102,8 +115,18 @@ def row_sizes(rows: Dataset, processor: LlavaProcessor, max_length: int | None) 
             new_fingerprint=_fingerprint(rows, processor, max_length),
             desc="measuring rows",
         )
+    reasons = measured["reason"]
+    bad = [number for number, reason in enumerate(reasons) if reason is not None]
+    if bad:
+        source = recipe.data.data_path or "data.sources"
+        found = [BadRow(source, number, str(rows[number]["id"]), "unusable", reasons[number]) for number in bad]
+        policy = BadRowPolicy(recipe.data.on_bad_row, recipe.data.on_bad_image, recipe.data.max_bad_fraction)
+        policy.enforce(found, len(rows), source)
+        bad_rows += found
+        good = [number for number, reason in enumerate(reasons) if reason is None]
+        rows, measured = rows.select(good), measured.select(good)
     columns = [measured[name] for name in ("num_tokens", "num_images", "image_key")]
-    return [RowSize(*values) for values in zip(*columns, strict=True)]
+    return rows, [RowSize(*values) for values in zip(*columns, strict=True)]
 
 
 def _image_key(image: dict[str, Any]) -> str:

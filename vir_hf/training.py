@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -14,16 +15,16 @@ import torch
 import transformers
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
-from vir_hf import resume
+from vir_hf import preflight, resume
 from vir_hf.audit import AUDIT_FILE, audit_as_dict, audit_model, print_audit
 from vir_hf.collator import LlavaDataCollator
-from vir_hf.data import load_llava_dataset
+from vir_hf.data import load_llava_dataset, load_sources
 from vir_hf.errors import RecipeError
 from vir_hf.features import cache_for_training
 from vir_hf.llava.processing_llava import LlavaProcessor
 from vir_hf.loading import Precision, choose_precision, describe_precision, keep_base, load_model_and_processor
 from vir_hf.merging import merged_base
-from vir_hf.planning import plan_steps
+from vir_hf.planning import measure_rows, plan_steps
 from vir_hf.progress import StepLines
 from vir_hf.signals import RunStopped, StopOnSignal
 from vir_hf.trainable import make_trainable, parameter_groups
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from vir_hf.recipe import Recipe
+    from vir_hf.rows import BadRow
 
 logger = logging.getLogger(__name__)
 
@@ -71,13 +73,15 @@ def _train(recipe: Recipe, signals: StopOnSignal, callbacks: Sequence[TrainerCal
         logger.warning("%s: this run is finished, nothing is left to do", arguments.output_dir)
         return dict(finished)
     is_main = arguments.process_index == 0
+    resume.together(lambda: preflight.check_machine(recipe, world_size=arguments.world_size))
     point = resume.choose(recipe, is_main=is_main)
     set_seed(arguments.seed)
     model, processor = load_model_and_processor(
         recipe, precision, merged_base(recipe, resume.together, is_main_process=is_main)
     )
-    rows = load_rows(recipe)
-    sampler = plan_steps(recipe, rows, processor, arguments.world_size, arguments.process_index)
+    bad_rows: list[BadRow] = []
+    rows, sizes = measure_rows(load_rows(recipe, bad_rows), processor, recipe, bad_rows)
+    sampler = plan_steps(recipe, sizes, processor, arguments.world_size, arguments.process_index)
     resume.together(lambda: keep_base(model, processor, recipe, is_main_process=is_main))
     collator = make_collator(recipe, processor)
     collator.feature_lookup = cache_for_training(recipe, model.model, processor, rows, arguments.device)
@@ -104,11 +108,13 @@ def _train(recipe: Recipe, signals: StopOnSignal, callbacks: Sequence[TrainerCal
         callbacks=[StepLines(), signals, *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
+    resume.together(lambda: preflight.check_run(trainer))
     trainer.train(resume_from_checkpoint=None if point is None else str(point.path))
     if signals.received is not None and trainer.state.global_step < trainer.state.max_steps:
         raise RunStopped(signals.received, trainer.state.global_step)
     metrics = summarise(trainer, recipe)
-    trainer.save_final()
+    metrics["skipped_rows"] = [dataclasses.asdict(bad) for bad in bad_rows]
+    trainer.save_final(precision.dtype)
     if trainer.is_world_process_zero():
         write_json(Path(arguments.output_dir) / "metrics.json", metrics)
     return metrics
@@ -121,23 +127,29 @@ def report_audit(model: Any, recipe: Recipe, precision: str) -> None:
     write_json(Path(recipe.training.output_dir) / AUDIT_FILE, audit_as_dict(lines, precision))
 
 
-def load_rows(recipe: Recipe) -> Dataset:
-    """Return the training rows, pictures as references; bad rows raise or are left out as the recipe says."""
+def load_rows(recipe: Recipe, bad_rows: list[BadRow] | None = None) -> Dataset:
+    """Return the training rows, pictures as references; bad rows raise or are left out (into `bad_rows`) as the recipe says."""
     data = recipe.data
+    options: dict[str, Any] = {
+        "decode_images": False,
+        "max_rows": data.max_rows,
+        "allow_urls": data.allow_urls,
+        "on_bad_row": data.on_bad_row,
+        "on_bad_image": data.on_bad_image,
+        "max_bad_fraction": data.max_bad_fraction,
+        "bad_rows": bad_rows,
+    }
+    if data.sources:
+        sources = [
+            {name: value for name, value in dataclasses.asdict(source).items() if value is not None}
+            for source in data.sources
+        ]
+        return load_sources(sources, seed=recipe.training.seed, **options)
     if data.data_path is None:
         raise RecipeError(
             "data.data_path: not set; name a LLaVA JSON file: data.data_path=rows.json data.image_folder=images"
         )
-    return load_llava_dataset(
-        data.data_path,
-        data.image_folder,
-        decode_images=False,
-        max_rows=data.max_rows,
-        allow_urls=data.allow_urls,
-        on_bad_row=data.on_bad_row,
-        on_bad_image=data.on_bad_image,
-        max_bad_fraction=data.max_bad_fraction,
-    )
+    return load_llava_dataset(data.data_path, data.image_folder, **options)
 
 
 def load_eval_rows(recipe: Recipe) -> Dataset | None:

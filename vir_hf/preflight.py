@@ -1,0 +1,224 @@
+"""Everything that would fail late, tried first: in seconds, before the first step."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import socket
+import tempfile
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vir_hf import checkpoints, resume
+from vir_hf.errors import RecipeError
+
+if TYPE_CHECKING:
+    from vir_hf.recipe import Recipe
+    from vir_hf.trainer import LlavaTrainer
+
+logger = logging.getLogger(__name__)
+
+_TRACKER_PACKAGES = {
+    "wandb": "wandb",
+    "tensorboard": "tensorboard",
+    "trackio": "trackio",
+    "mlflow": "mlflow",
+    "comet_ml": "comet_ml",
+}
+
+
+def check_machine(recipe: Recipe, *, world_size: int) -> None:
+    """Try what needs no model: the output directory, trackers, the Hub, the port. Seconds at most.
+
+    Raises:
+        RecipeError: what would fail, and the remedy.
+    """
+    check_output_dir(Path(recipe.training.output_dir))
+    check_trackers(recipe.training.report_to)
+    if recipe.training.push_to_hub:
+        check_hub(recipe.training.hub_model_id)
+    if recipe.training.on_out_of_memory == "split" and world_size > 1:
+        raise RecipeError(
+            f"training.on_out_of_memory=split: works with one process, found {world_size}: while one begins its step again, the "
+            "others wait for it in the middle of theirs. Set training.on_out_of_memory=raise."
+        )
+
+
+def check_output_dir(output_dir: Path) -> None:
+    """Raise unless a file can be written, synced and renamed in the output directory."""
+    probe = output_dir / f".probe-{uuid.uuid4().hex}"
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        checkpoints.write_synced(probe, "probe")
+        renamed = probe.with_suffix(".renamed")
+        os.replace(probe, renamed)
+        renamed.unlink()
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            probe.unlink()
+        raise RecipeError(
+            f"training.output_dir={output_dir}: nothing can be written there ({error.strerror or error}). Name a folder on a "
+            "writable disk with space, or change its permissions."
+        ) from error
+
+
+def check_trackers(report_to: Any) -> None:
+    """Raise for a tracker that is not installed or would stop the run for want of a login."""
+    names = [report_to] if isinstance(report_to, str) else list(report_to or [])
+    import importlib.util
+
+    for name in names:
+        package = _TRACKER_PACKAGES.get(name)
+        if package and importlib.util.find_spec(package) is None:
+            alternative = " or torch.utils.tensorboard's" if name == "tensorboard" else ""
+            raise RecipeError(
+                f"training.report_to={name}: the package {package}{alternative} is not installed. pip install {package}, or set "
+                "training.report_to=none."
+            )
+        if name == "wandb" and os.environ.get("WANDB_MODE") not in ("offline", "disabled"):
+            has_login = bool(os.environ.get("WANDB_API_KEY")) or "api.wandb.ai" in _netrc()
+            if not has_login:
+                raise RecipeError(
+                    "training.report_to=wandb: nobody is logged in. Run `wandb login`, or set WANDB_MODE=offline, or "
+                    "training.report_to=none."
+                )
+
+
+def _netrc() -> str:
+    try:
+        return (Path.home() / ".netrc").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def check_hub(repo_id: str | None) -> None:
+    """Raise unless a push at the end of the run would be let in."""
+    import huggingface_hub
+
+    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+        raise RecipeError(
+            "training.push_to_hub=true: HF_HUB_OFFLINE is set, so nothing can be pushed. Unset it, or set "
+            "training.push_to_hub=false and push later with `vir-hf push`."
+        )
+    try:
+        name = huggingface_hub.HfApi().whoami()["name"]
+    except Exception as error:
+        raise RecipeError(
+            f"training.push_to_hub=true: the Hub does not know you ({type(error).__name__}). Run `hf auth login` with a token "
+            "that may write, or set training.push_to_hub=false and push later with `vir-hf push`."
+        ) from error
+    logger.info("pushing as %s to %s", name, repo_id or "a repository named like the output directory")
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise if another program listens on the port that the processes of a run are to meet at."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise RecipeError(
+                f"port {port} on {host}: is taken ({error.strerror}). Name another: --main_process_port, or MASTER_PORT."
+            ) from error
+
+
+def check_run(trainer: LlavaTrainer) -> None:
+    """Try one row through encoding, forward, backward and saving, and leave no trace of it.
+
+    The weights, their gradients and the random states are afterwards what they were. Sharded models (ZeRO, FSDP) are tried
+    in their first step instead.
+
+    Raises:
+        RecipeError: what fails, and where.
+    """
+    output_dir = Path(trainer.args.output_dir)
+    if trainer.args.save_strategy != "no" and trainer.args.should_save:
+        try:
+            checkpoints.require_space(output_dir, trainer.checkpoint_bytes(), "one checkpoint")
+        except Exception as error:
+            raise RecipeError(str(error)) from error
+    check_generation_config(trainer.model)
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        return
+    states = resume.random_states()
+    try:
+        _try_backward(trainer)
+        if trainer.args.should_save:
+            _try_saving(trainer)
+    finally:
+        resume.set_random_states(states)
+
+
+def check_generation_config(model: Any) -> None:
+    """Raise for a generation config that saving refuses; upstream notices after the last step."""
+    unwrapped = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = getattr(unwrapped, "generation_config", None)
+    if config is None:
+        return
+    with tempfile.TemporaryDirectory(prefix="vir_hf_preflight_") as folder:
+        try:
+            config.save_pretrained(folder)
+        except ValueError as error:
+            raise RecipeError(
+                f"model: its generation_config cannot be saved, so the run would fail at its end: {str(error).splitlines()[0]} "
+                "Correct generation_config.json beside the model (a temperature needs do_sample: true)."
+            ) from error
+
+
+def _try_backward(trainer: LlavaTrainer) -> None:
+    """One row through encoding, forward and backward."""
+    sizes = trainer.step_sampler.sizes
+    # The shortest with a picture, so that trying takes no more memory than training.
+    number = min(range(len(sizes)), key=lambda row: (not sizes[row].num_images, sizes[row].num_tokens))
+    row = trainer.train_dataset[number]
+    batch = trainer.data_collator([row])
+    was_training = trainer.model.training
+    inputs = {
+        name: value.to(trainer.model.device) if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+        if name not in ("row_ids", "masked_rows", "row_numbers")
+    }
+    counted = {name: list(values) for name, values in trainer._metrics["train"].items()}
+    num_tokens = trainer._total_train_tokens
+    trainer.model.train()
+    try:
+        with trainer.accelerator.autocast():
+            loss = trainer.compute_loss(trainer.model, inputs)
+        loss.backward()
+    finally:
+        trainer.model.zero_grad(set_to_none=True)
+        trainer.model.train(was_training)
+        trainer._metrics["train"].clear()
+        trainer._metrics["train"].update(counted)
+        trainer._total_train_tokens = num_tokens
+    if not torch.isfinite(loss.detach()):
+        raise RecipeError(
+            f"row {row.get('id')!r}: its loss is {float(loss):.4g} before the first step. The base weights may hold bad numbers, "
+            "or overflow in this dtype: try model.dtype=float32."
+        )
+
+
+def _try_saving(trainer: LlavaTrainer) -> None:
+    """The small files of a checkpoint: configs, processor and recipe; the weights of an adapter too."""
+    staging = checkpoints.stage(Path(trainer.args.output_dir), "final")
+    try:
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        if hasattr(model, "peft_config"):
+            model.save_pretrained(str(staging))
+        else:
+            model.config.save_pretrained(str(staging))
+        trainer.processing_class.save_pretrained(str(staging))
+        if trainer.recipe is not None:
+            trainer.recipe.save(staging / "recipe.yaml")
+    except Exception as error:
+        raise RecipeError(
+            f"{trainer.args.output_dir}: model or processor cannot be saved ({type(error).__name__}: {error}), so the run would "
+            "fail at its first checkpoint. Mend this first."
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
