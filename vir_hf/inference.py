@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -180,15 +180,15 @@ class Answerer:
         system: str | None = None,
         history: Sequence[Mapping[str, Any]] | None = None,
         **generation: Any,
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """Yield the answer in pieces as they are made; closing the iterator stops the model after its current token.
 
         Takes and raises what `answer` does; joined and stripped, the pieces are what it returns.
         """
-        prompt = self.encode(Question(question, images, system, history or ()))
-        return self._stream(prompt, generation)
+        return self.stream_prompt(self.encode(Question(question, images, system, history or ())), **generation)
 
-    def _stream(self, prompt: Prompt, generation: dict[str, Any]) -> Iterator[str]:
+    def stream_prompt(self, prompt: Prompt, **generation: Any) -> Generator[str, None, None]:
+        """Yield the answer to an encoded question, as `stream` does."""
         stop = threading.Event()
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         failure: list[BaseException] = []
