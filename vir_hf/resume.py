@@ -257,7 +257,7 @@ def identify(
 
 def check_identity(point: ResumePoint, identity: dict[str, Any], *, is_deepspeed: bool = False) -> None:
     """Raise if rows, plan or base weights are others than those the checkpoint was made with."""
-    before = point.position
+    before, identity = point.position, json.loads(json.dumps(identity))
     if before["data"]["rows"] != identity["data"]["rows"]:
         raise RecipeError(
             f"{point.path}: data.data_path holds other rows than when this run began ({before['data']['num_rows']} rows then, "
@@ -339,9 +339,11 @@ def _picture_bytes(image: Any) -> int | None:
 def plan_fingerprint(sampler: StepSampler) -> dict[str, Any]:
     """Return what decides the rows of every step."""
     digest = hashlib.sha256()
+    pictures: dict[str | None, int] = {}
     for size in sampler.sizes:
-        # A path may move with its data; which rows share a picture does not.
-        digest.update(f"{size.num_tokens},{size.num_images},{os.path.basename(str(size.image_key))};".encode())
+        # Paths may move with their data; which rows share a picture does not change.
+        picture = pictures.setdefault(size.image_key, len(pictures))
+        digest.update(f"{size.num_tokens},{size.num_images},{picture};".encode())
     return {
         "seed": sampler.seed,
         "rows_per_step": sampler.rows_per_step,
@@ -410,6 +412,8 @@ def _copy_in(model: nn.Module, state: dict[str, torch.Tensor], folder: Path) -> 
     targets = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     written = set()
     for name, tensor in state.items():
+        if ".weight." in name or name.endswith((".SCB", ".weight_format")):
+            continue  # the scales of 4 and 8 bit weights, which do not learn
         target = targets.get(name)
         if target is None or target.shape != tensor.shape:
             found = "no such weight" if target is None else f"{tuple(target.shape)}"

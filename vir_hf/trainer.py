@@ -25,9 +25,12 @@ from trl import SFTConfig, SFTTrainer
 
 from vir_hf import checkpoints, resume
 from vir_hf.errors import RunError
+from vir_hf.interop import extract_projector, save_projector
+from vir_hf.loading import rounded_to
 from vir_hf.safeguards import MemoryGuard, NumberGuard, can_be_halved, is_finite, is_out_of_memory
 from vir_hf.sampling import StepLoader, StepSampler
 from vir_hf.signals import WorkerSignals, any_rank
+from vir_hf.watch import RankWatch
 
 if TYPE_CHECKING:
     from vir_hf.recipe import Recipe
@@ -132,6 +135,12 @@ class LlavaTrainer(SFTTrainer):
                 parameter.data = value.to(parameter.device)
 
         settings = recipe.training if recipe is not None else None
+        self.watch = RankWatch(
+            Path(self.args.output_dir),
+            self.args.process_index,
+            self.args.world_size,
+            timeout_seconds=60 * settings.timeout_minutes if settings else self.args.ddp_timeout,
+        )
         self.number_guard = NumberGuard(
             policy=settings.on_bad_numbers if settings else "raise",
             max_skipped_steps=settings.max_skipped_steps if settings else 0,
@@ -142,6 +151,25 @@ class LlavaTrainer(SFTTrainer):
             rows=self.train_dataset,
             collator=self.data_collator,
         )
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Upstream's training, watched: a rank that dies or hangs is named.
+
+        Raises:
+            RunError: an exchange between ranks failed because of another rank.
+        """
+        self.watch.start()
+        try:
+            return super().train(*args, **kwargs)
+        except RunError:
+            raise
+        except (RuntimeError, OSError) as error:
+            missing = self.watch.explain()
+            if missing is None:
+                raise
+            raise RunError(missing) from error
+        finally:
+            self.watch.stop()
 
     def get_train_dataloader(self) -> StepLoader:
         """One item a step; never sharded by accelerate, since the sampler already plans for this rank."""
@@ -168,6 +196,7 @@ class LlavaTrainer(SFTTrainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
         """Supervised tokens of the whole step, over all ranks."""
+        self.watch.arrived(self.state.global_step + 1)
         local = sum(
             int((batch["labels"][..., 1:] != IGNORED).sum())
             for step in batch_samples
@@ -300,7 +329,7 @@ class LlavaTrainer(SFTTrainer):
             inputs = compact_supervised(inputs)
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.is_deepspeed_enabled and model.training and not return_outputs:
-            self._require_finite(result)
+            self._require_finite(result.detach())
         return result
 
     def _require_finite(self, loss: torch.Tensor) -> None:
@@ -355,12 +384,22 @@ class LlavaTrainer(SFTTrainer):
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(output_dir / name))
 
-    def save_final(self) -> None:
-        """Write model (or adapter and projector), processor and recipe into the output directory; every rank must ask."""
+    def save_final(self, dtype: torch.dtype | None = None) -> None:
+        """Write model (or adapter), projector, processor and recipe into the output directory; every rank must ask.
+
+        Args:
+            dtype: of a whole model's weights in the file; an adapter and `projector.safetensors` stay fp32.
+        """
         output_dir = Path(self.args.output_dir)
         staging = output_dir / ".final.partial"
         resume.together(lambda: checkpoints.stage(output_dir, "final") if self.args.should_save else None)
-        resume.together(lambda: self.save_model(str(staging), _internal_call=True))
+        model = self.accelerator.unwrap_model(self.model)
+        is_sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        as_loaded = None if is_sharded or hasattr(model, "peft_config") else dtype
+        with contextlib.nullcontext() if as_loaded is None else rounded_to(model, as_loaded):
+            resume.together(lambda: self.save_model(str(staging), _internal_call=True))
+        if self.args.should_save:
+            extract_projector(staging) if is_sharded else save_projector(model, staging)
         resume.together(lambda: self._finish_final(staging) if self.args.should_save else None)
 
     def _finish_final(self, staging: Path) -> None:
@@ -370,10 +409,10 @@ class LlavaTrainer(SFTTrainer):
         checkpoints.move_in(staging)
 
     def _begin_checkpoint(self, output_dir: Path, name: str) -> None:
-        checkpoints.require_space(output_dir, self._checkpoint_bytes(), name)
+        checkpoints.require_space(output_dir, self.checkpoint_bytes(), name)
         checkpoints.stage(output_dir, name)
 
-    def _checkpoint_bytes(self) -> int:
+    def checkpoint_bytes(self) -> int:
         """About how much a checkpoint takes: as much as the last one, or else weights and optimizer."""
         written = checkpoints.list_checkpoints(Path(self.args.output_dir))
         if written:

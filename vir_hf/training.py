@@ -15,7 +15,7 @@ import torch
 import transformers
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
-from vir_hf import preflight, resume
+from vir_hf import engine_check, preflight, resume
 from vir_hf.audit import AUDIT_FILE, audit_as_dict, audit_model, print_audit
 from vir_hf.collator import LlavaDataCollator
 from vir_hf.data import load_llava_dataset, load_sources
@@ -61,6 +61,7 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> dict[str
 
 
 def _train(recipe: Recipe, signals: StopOnSignal, callbacks: Sequence[TrainerCallback]) -> dict[str, Any]:
+    engine_check.avoid_compiling(use_cpu=bool(recipe.training.use_cpu))
     precision = choose_precision(
         recipe.model.dtype,
         use_cpu=bool(recipe.training.use_cpu),
@@ -108,6 +109,9 @@ def _train(recipe: Recipe, signals: StopOnSignal, callbacks: Sequence[TrainerCal
         callbacks=[StepLines(), signals, *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
+    engine = resume.together(lambda: engine_check.check(trainer.accelerator, engine_check.asked_for()))
+    if is_main:
+        print(engine_check.first_line(engine, sampler.rows_per_step, trainer.args.device), flush=True)
     resume.together(lambda: preflight.check_run(trainer))
     trainer.train(resume_from_checkpoint=None if point is None else str(point.path))
     if signals.received is not None and trainer.state.global_step < trainer.state.max_steps:
