@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import logging
 import os
 import re
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,7 +26,6 @@ from huggingface_hub.errors import (
 
 from vir_hf.card import ASSETS, TAG, RunFacts, draw_loss_curve, make_card
 from vir_hf.errors import RecipeError
-from vir_hf.recipe_files import packaged_directory
 
 if TYPE_CHECKING:
     from vir_hf.recipe import Recipe
@@ -256,9 +253,8 @@ def check_folder(folder: Path, run: Path | None = None) -> None:
     Raises:
         RecipeError: the first file and line, what was found in words (never the secret itself), and the remedy.
     """
-    places = [str(Path.home()), os.getcwd(), str(folder), *([str(run.resolve())] if run else [])]
-    here = [place for place in places if len(Path(place).parts) > 2 or place not in ("/", "/root")]
-    here = [place for place in here if place != "/"]
+    places = [Path.home(), Path.cwd(), folder.resolve(), *([run.resolve()] if run else [])]
+    here = [f"{place}/" for place in places if len(place.parts) > 1]
     token = huggingface_hub.get_token()
     for path in sorted(folder.rglob("*")):
         if not path.is_file():
@@ -424,115 +420,3 @@ def _in_words(error: HfHubHTTPError) -> str:
     if status in words:
         return f"{words[status]}{reason}. Nothing is visible there."
     return f"the Hub answered {status}{reason}. Nothing is visible there; run the same command again."
-
-
-@dataclass(frozen=True)
-class SpaceOptions:
-    """What a Space shows and on what it runs; the limits stand in its `settings.json`.
-
-    Attributes:
-        model: the Hub id of a model or an adapter.
-        base: a second model to compare with.
-        zero_gpu: wrap the answers for ZeroGPU, and ask for its hardware.
-        hardware: the Hub's word, such as `t4-small`.
-    """
-
-    model: str
-    base: str | None = None
-    title: str = ""
-    load_in_4bit: bool = False
-    zero_gpu: bool = False
-    hardware: str | None = None
-
-
-def write_space(folder: Path, options: SpaceOptions) -> None:
-    """Write a Space that needs nothing but its own requirements: app, settings, requirements, README and our package.
-
-    Raises:
-        RecipeError: the model is no Hub id, gradio is not installed, or the folder is not empty.
-    """
-    for name in filter(None, (options.model, options.base)):
-        if Path(name).exists() or name.count("/") != 1:
-            raise RecipeError(
-                f"{name!r}: a Space can only show what lies on the Hub. First: vir-hf push {name} USER/NAME"
-            )
-        check_repo_id(name)
-    if folder.exists() and any(folder.iterdir()):
-        raise RecipeError(f"{folder}: is not empty; name a new folder, or remove it.")
-    folder.mkdir(parents=True, exist_ok=True)
-    source = packaged_directory("spaces")
-    shutil.copyfile(source / "app.py", folder / "app.py")
-    settings = {
-        "model": options.model,
-        "base": options.base,
-        "title": options.title,
-        "load_in_4bit": options.load_in_4bit,
-        "zero_gpu": options.zero_gpu,
-    }
-    (folder / "settings.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    names = (source / "requirements.txt").read_text(encoding="utf-8").split()
-    names += ["bitsandbytes"] if options.load_in_4bit else []
-    pinned = [f"{name}=={installed_version(name)}" for name in sorted(names)]
-    (folder / "requirements.txt").write_text(
-        "\n".join([*pinned, *(["spaces"] if options.zero_gpu else [])]) + "\n", encoding="utf-8"
-    )
-    readme = (
-        (source / "README.md")
-        .read_text(encoding="utf-8")
-        .format(
-            title=options.title or options.model.split("/")[-1],
-            model=options.model,
-            models="\n".join(f"- {name}" for name in (options.model, options.base) if name),
-            gradio=installed_version("gradio"),
-            python=f"{sys.version_info.major}.{sys.version_info.minor}",
-        )
-    )
-    (folder / "README.md").write_text(readme, encoding="utf-8")
-    package = Path(__file__).resolve().parent
-    for path in package.rglob("*.py"):
-        name = path.relative_to(package)
-        if name.parts[0] not in ("commands", "quickstart", "recipes", "accelerate_configs", "spaces"):
-            (folder / "vir_hf" / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, folder / "vir_hf" / name)
-    check_folder(folder)
-
-
-def installed_version(name: str) -> str:
-    """Return the version a Space is pinned to: the one this was tried with, without the mark of a CPU build."""
-    try:
-        return importlib.metadata.version(name).split("+")[0]
-    except importlib.metadata.PackageNotFoundError as error:
-        raise RecipeError(
-            f"{name}: is not installed, so no version of it can be written down: pip install {name}"
-        ) from error
-
-
-def push_space(
-    repo_id: str,
-    options: SpaceOptions,
-    *,
-    private: bool = False,
-    update: bool = False,
-    model_token: str | None = None,
-    token: str | None = None,
-) -> Published:
-    """Create and fill a Space in one commit, and return where it is.
-
-    Args:
-        model_token: kept as the Space's secret `HF_TOKEN`, to read a private model; it is in no file.
-
-    Raises:
-        RecipeError: as `write_space` and `push_run`.
-    """
-    check_repo_id(repo_id)
-    check_access(token)
-    given: dict[str, Any] = {"space_sdk": "gradio"}
-    hardware = "zero-a10g" if options.zero_gpu and not options.hardware else options.hardware
-    if hardware:
-        given["space_hardware"] = hardware
-    if model_token:
-        given["space_secrets"] = [{"key": "HF_TOKEN", "value": model_token}]
-    with tempfile.TemporaryDirectory(prefix="vir-hf-space-") as temporary:
-        folder = Path(temporary) / "space"
-        write_space(folder, options)
-        return upload(folder, repo_id, repo_type="space", private=private, update=update, token=token, space=given)

@@ -41,9 +41,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--folder", metavar="DIR", help="where --dry-run writes (the Space's name)")
     arguments = parser.parse_args(argv)
 
-    from vir_hf import hub
+    from vir_hf import hub, space
 
-    options = hub.SpaceOptions(
+    options = space.SpaceOptions(
         model=arguments.model,
         base=arguments.base,
         title=arguments.title,
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
     if arguments.dry_run:
         hub.check_repo_id(arguments.repo)
         folder = Path(arguments.folder or arguments.repo.split("/")[-1])
-        hub.write_space(folder, options)
+        space.write_space(folder, options)
         print_folder(folder)
         print(f"nothing was sent. To try it here: python {folder}/app.py")
         return 0
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
     if variable and not os.environ.get(variable):
         raise RecipeError(f"--model-token-from {variable}: this environment variable is not set.")
     model_token = os.environ[variable] if variable else None
-    published = hub.push_space(
+    published = space.push_space(
         arguments.repo, options, private=arguments.private, update=arguments.update, model_token=model_token
     )
     print(published.url)
