@@ -17,7 +17,11 @@ from vir_hf.fingerprint import fingerprint_of
 from vir_hf.loading import load_run
 from vir_hf.merging import merge_adapter, merge_run
 
-LEARNS_FAST = {"training.max_steps": 4, "training.learning_rate": 2e-2, "training.projector_learning_rate": 2e-2}
+LEARNS_FAST: dict[str, object] = {
+    "training.max_steps": 4,
+    "training.learning_rate": 2e-2,
+    "training.projector_learning_rate": 2e-2,
+}
 INT8 = {"quantization": "int8", "quantization.only_on_cuda": "false"}
 WHOLE = {"model.language_model": "null", "model.vision_tower": "null"}
 
@@ -93,6 +97,27 @@ def test_a_base_quantised_while_loading_is_rounded_the_same_way_again(tiny_parts
     assert difference(logits_of(plain, tiny_parts, processor), captured[0]) < 1e-5
     unrounded, _ = load_run(tmp_path / "run")
     assert difference(logits_of(unrounded, tiny_parts, processor), captured[0]) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora.use_dora": "true"},
+        {"lora.use_rslora": "true", "lora.lora_alpha": 7},
+        {"lora.init_lora_weights": "pissa"},
+        {"lora.init_lora_weights": "olora"},
+        {"trainable.vision_tower": "lora", "trainable.vision_from_layer": 1},
+        {"trainable.vision_tower": "full"},
+    ],
+    ids=lambda changes: ",".join(f"{key.split('.')[1]}={value}" for key, value in changes.items()),
+)
+def test_every_kind_of_adapter_merges_exactly(changes: dict[str, object], tiny_parts: Path, tmp_path: Path):
+    run(tiny_parts, tmp_path / "run", **{**LEARNS_FAST, **changes, "training.max_steps": 2})
+    merge_run(tmp_path / "run", tmp_path / "merged")
+    unmerged, processor = load_run(tmp_path / "run")
+    stock = LlavaForConditionalGeneration.from_pretrained(tmp_path / "merged")
+    expected = logits_of(unmerged, tiny_parts, processor)
+    assert difference(logits_of(stock, tiny_parts, processor), expected) < 2e-5
 
 
 def test_merging_into_4_bit_weights_is_refused(runs: dict[str, Path]):

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
-from transformers import BitsAndBytesConfig
+from peft import LoraConfig, PeftModel
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
 from vir_hf.adapters import BASE_FOLDER, adapter_folder
 from vir_hf.errors import RecipeError
@@ -21,7 +23,7 @@ from vir_hf.fingerprint import fingerprint_of, read_record
 from vir_hf.llava.modeling_llava import LlavaForCausalLM
 from vir_hf.llava.processing_llava import LlavaProcessor
 from vir_hf.loading import MADE_FROM, load_base, load_processor, made_from, processor_place
-from vir_hf.quantization import is_quantized
+from vir_hf.quantization import bits_of, is_quantized
 
 if TYPE_CHECKING:
     from vir_hf.recipe import Recipe
@@ -113,8 +115,10 @@ def merged_model(
         loading["quantization_config"] = _bitsandbytes_config(trained_with)
     model, base_name = load_base(adapter, base, loading)
     widen(model)
-    wrapped = PeftModel.from_pretrained(model, str(adapter))
-    merged = merge_adapter(wrapped)
+    config = LoraConfig.from_pretrained(str(adapter))
+    # Without first drawing weights that the file then replaces; PiSSA and OLoRA do need the drawing, it changes the base.
+    as_stored = config.init_lora_weights not in ("pissa", "olora")
+    merged = merge_adapter(PeftModel.from_pretrained(model, str(adapter), low_cpu_mem_usage=as_stored))
     return merged, load_processor(processor_place(adapter, base_name)), adapter, base_name
 
 
@@ -137,13 +141,27 @@ def merge_adapter(model: PeftModel) -> LlavaForCausalLM:
 
 
 def widen(model: LlavaForCausalLM) -> None:
-    """Turn 4 and 8 bit layers into ordinary ones of the model's dtype, layer by layer and in place."""
-    if not is_quantized(model):
+    """Turn 4 and 8 bit layers into ordinary ones of the model's dtype, layer by layer and in place.
+
+    Not by `model.dequantize()`: it holds every quantised layer until the last one is done, a quarter more memory.
+    """
+    names = [name for name, module in model.named_modules() if bits_of(module)]
+    if not names:
         return
-    model.dequantize(dtype=model.get_input_embeddings().weight.dtype)
+    dtype = model.get_input_embeddings().weight.dtype
+    for name in names:
+        layer = model.get_submodule(name)
+        with torch.device("meta"):
+            wide = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+        weight = dequantize_bnb_weight(layer.weight, getattr(layer, "state", None)).to(dtype)
+        wide.weight = nn.Parameter(weight, requires_grad=False)
+        wide.bias = layer.bias
+        model.set_submodule(name, wide)
+        del layer
+    model.hf_quantizer.remove_quantization_config(model)
     model.is_loaded_in_4bit = model.is_loaded_in_8bit = False
     for module in model.modules():
-        if hasattr(module, "config") and getattr(module.config, "_is_quantized", False):
+        if isinstance(module, PreTrainedModel):
             module.config._is_quantized = False
 
 
