@@ -38,7 +38,7 @@ def plan_steps(
     return StepSampler(
         sizes,
         rows_per_step,
-        micro_batch_rows=None if budget else min(training.per_device_train_batch_size, rows_per_step // world_size),
+        micro_batch_rows=None if budget else min(training.per_device_train_batch_size or 1, rows_per_step // world_size),
         max_tokens_per_batch=budget,
         num_replicas=world_size,
         rank=rank,
@@ -57,7 +57,7 @@ def global_batch_size(recipe: Recipe, world_size: int) -> int:
         RecipeError: rows a micro-batch, micro-batches and processes do not multiply to `training.global_batch_size`.
     """
     training = recipe.training
-    per_device, wanted = training.per_device_train_batch_size, training.global_batch_size
+    per_device, wanted = training.per_device_train_batch_size or 1, training.global_batch_size
     accumulation = training.arguments.get("gradient_accumulation_steps")
     if wanted is None:
         return int(per_device * (accumulation or 1) * world_size)

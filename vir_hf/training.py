@@ -69,6 +69,7 @@ def _train(recipe: Recipe, signals: StopOnSignal, callbacks: Sequence[TrainerCal
         fp16=recipe.training.arguments.get("fp16"),
     )
     arguments = training_arguments(recipe, precision)
+    engine_check.load_whole_weights()
     finished = resume.broadcast(resume.is_finished(recipe))
     if finished is not None:
         logger.warning("%s: this run is finished, nothing is left to do", arguments.output_dir)
@@ -205,7 +206,7 @@ def training_arguments(recipe: Recipe, precision: Precision) -> Any:
         tf32=arguments.pop("tf32", None) if "tf32" in arguments else has_tf32,
         # A step is one item of our loader; the micro-batches are inside it.
         gradient_accumulation_steps=1,
-        per_device_train_batch_size=training.per_device_train_batch_size,
+        per_device_train_batch_size=training.per_device_train_batch_size or 1,
         remove_unused_columns=False,
         max_length=None,
         average_tokens_across_devices=True,

@@ -11,7 +11,17 @@ from collections.abc import Sequence
 from importlib import metadata, util
 from typing import Any
 
-_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "deepspeed", "flash_attn")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "datasets",
+    "bitsandbytes",
+    "deepspeed",
+    "flash_attn",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,7 +95,7 @@ def prove(recipe: Any, num_rows: int) -> list[dict[str, Any]]:
     trained = make_trainable(model, recipe)
     if torch.cuda.is_available() and not recipe.training.use_cpu:
         trained = trained.to("cuda")
-    if recipe.training.gradient_checkpointing:
+    if recipe.training.activation_checkpointing:
         trained.enable_input_require_grads()
         trained.activation_checkpointing_enable({"use_reentrant": False})
     chosen = [rows[number] for number in range(min(num_rows, len(rows)))]
@@ -116,7 +126,9 @@ def show(findings: dict[str, Any]) -> None:
             )
         console.print(proof)
     else:
-        console.print("To prove that fast batches change nothing: vir-hf doctor experiment=NAME data.data_path=rows.json")
+        console.print(
+            "To prove that fast batches change nothing: vir-hf doctor experiment=NAME data.data_path=rows.json"
+        )
 
 
 if __name__ == "__main__":
