@@ -147,7 +147,7 @@ def _problem_section(report: CheckReport) -> str:
             examples[problem.kind].append(problem)
     parts = []
     for kind, count in kinds.items():
-        rows = [(str(p.row), p.id, p.detail) for p in examples[kind]]
+        rows = [(str(p.row), p.id, p.detail.partition(". ")[0]) for p in examples[kind]]
         table = html.table(("row", "id", "what is wrong"), rows)
         if count > len(rows):
             table += html.element("p", f"{count - len(rows):,} more in the JSON report.", "more")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -73,10 +74,7 @@ def load_llava_dataset(
         DataError: no data file, malformed JSON (with its line), or rows that cannot be trained on (with number and id).
     """
     policy = BadRowPolicy(on_bad_row, on_bad_image, max_bad_fraction)
-    path = os.fspath(path)
-    hub_file = _HUB_FILE.match(path)
-    if hub_file:
-        path = _fetch(path, **hub_file.groupdict())
+    path = local_path(path)
     source: _FileRows | _HubRows
     if not os.path.exists(path) and _HUB_ID.match(path) and not path.endswith((".json", ".jsonl", ".parquet")):
         folder = None if image_folder is None else ImageFolder(image_folder, allow_urls=allow_urls)
@@ -92,6 +90,29 @@ def load_llava_dataset(
     if bad_rows is not None:
         bad_rows.extend(bad)
     return dataset.with_transform(OpenImages(allow_urls)) if decode_images else dataset
+
+
+def load_recipe_rows(recipe: Any, bad_rows: list[BadRow] | None = None) -> Any:
+    """Return the training rows a recipe names, `data.data_path` or the mixture of `data.sources`, pictures undecoded."""
+    data = recipe.data
+    options: dict[str, Any] = {
+        "decode_images": False,
+        "streaming": data.streaming,
+        "max_rows": data.max_rows,
+        "allow_urls": data.allow_urls,
+        "on_bad_row": data.on_bad_row,
+        "on_bad_image": data.on_bad_image,
+        "max_bad_fraction": data.max_bad_fraction,
+        "bad_rows": bad_rows,
+    }
+    if data.sources:
+        sources = [dataclasses.asdict(source) for source in data.sources]
+        return load_sources(sources, seed=recipe.training.seed, **options)
+    if data.data_path is None:
+        raise RecipeError(
+            "data.data_path: not set; name a LLaVA JSON file: data.data_path=rows.json data.image_folder=images"
+        )
+    return load_llava_dataset(data.data_path, data.image_folder, **options)
 
 
 def load_sources(
@@ -301,10 +322,14 @@ def _open_cache(name: str, rows: Iterator[dict[str, Any] | BadRow]) -> tuple[dat
     return datasets.Dataset.from_file(str(path), info=datasets.DatasetInfo(features=ROW_FEATURES)), bad_rows
 
 
-def _fetch(path: str, repo: str, revision: str | None, file: str) -> str:
-    """Return where a file of a Hub data set lies after downloading it."""
+def local_path(path: str | os.PathLike[str]) -> str:
+    """Return the path; of `hf://datasets/owner/name[@revision]/file` where the file lies after downloading it."""
+    path = os.fspath(path)
+    match = _HUB_FILE.match(path)
+    if not match:
+        return path
     try:
-        return hf_hub_download(repo, file, repo_type="dataset", revision=revision)
+        return hf_hub_download(match["repo"], match["file"], repo_type="dataset", revision=match["revision"])
     except Exception as error:  # the same: HTTP, offline mode, gating, a missing file
         raise DataError(
             f"{path}: cannot be fetched ({type(error).__name__}: {error}). Check the name, the connection, and "

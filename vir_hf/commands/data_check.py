@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.text import Text
 
 from vir_hf.errors import RecipeError
 
@@ -94,18 +94,19 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--fix", metavar="OUT.json", help="write the sound rows, and OUT.dropped.json with the others")
     parser.add_argument("--num-workers", type=int, metavar="N", help="processes (all cores)")
     arguments = parser.parse_intermixed_args(argv)
-    if arguments.max_length is not None and arguments.tokenizer is None and not _is_recipe(arguments.target):
+    if arguments.max_length is not None and arguments.tokenizer is None and not is_recipe(arguments.target):
         raise RecipeError("data check: --max-length counts tokens; say whose with --tokenizer NAME, or name a recipe.")
     return arguments
 
 
-def _is_recipe(target: list[str]) -> bool:
+def is_recipe(target: list[str]) -> bool:
+    """Whether what was typed is a recipe's overrides rather than a path."""
     return len(target) > 1 or ("=" in target[0] and not os.path.exists(target[0]))
 
 
 def _target(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return what to check, from the command line or from a recipe."""
-    if not _is_recipe(arguments.target):
+    if not is_recipe(arguments.target):
         from vir_hf.row_processor import make_row_processor
 
         processor = None
@@ -167,24 +168,16 @@ def _print(report: CheckReport, console: Console) -> None:
     if not num_bad:
         console.print("nothing wrong was found", style="green")
         return
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name, justify in (("kind", "left"), ("", "left"), ("count", "right"), ("first at", "left"), ("what", "left")):
-        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    for kind, count in report.kinds().items():
+    kinds = report.kinds()
+    width = max(map(len, kinds))
+    for kind, count in kinds.items():
         first = next(problem for problem in report.problems if problem.kind == kind)
-        style = "red" if kind in ERRORS else "yellow"
-        detail = first.detail if len(first.detail) <= 200 else first.detail[:197] + "..."
-        name = f" (id {first.id})" if first.id else ""
-        table.add_row(
-            f"[{style}]{kind}[/]", first.severity, f"{count:,}", _plain(f"row {first.row}{name}"), _plain(detail)
-        )
-    console.print(table)
+        place = f"row {first.row}" + (f" (id {first.id})" if first.id else "")
+        what = first.detail.partition(". ")[0]  # the remedy stands in the JSON and HTML reports
+        line = Text(f"  {first.severity:<8}{count:>8,}  ")
+        line.append(kind.ljust(width), style="red" if kind in ERRORS else "yellow")
+        console.print(line.append(f"  {place}: {what}"), soft_wrap=True)
     console.print(f"{num_bad:,} rows with a problem; training refuses {num_refused:,} of them (errors)")
-
-
-def _plain(text: str) -> str:
-    """Return text in which rich sees no markup."""
-    return text.replace("[", "\\[")
 
 
 def _fix(report: CheckReport, arguments: argparse.Namespace) -> None:

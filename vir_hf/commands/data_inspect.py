@@ -1,0 +1,145 @@
+"""`vir-hf data inspect`: rows as the model will see them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from vir_hf.commands.data_check import is_recipe
+from vir_hf.errors import DataError, RecipeError
+
+_EPILOG = """\
+examples:
+  vir-hf data inspect experiment=llava15_7b_lora data.data_path=train.json data.image_folder=images
+  vir-hf data inspect train.json --image-folder images --tokenizer lmsys/vicuna-7b-v1.5 --rows 0-4,17
+  vir-hf data inspect experiment=local_lite data.data_path=train.json --random 8 --html rows.html
+
+Learned tokens are green and stand between \u00ab and \u00bb; a picture's tokens are folded to <image x576>.
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Show rows; return 0, or 1 when one of them cannot be trained on."""
+    arguments = _parse(argv)
+    processor, rows, max_length, lead = _open(arguments)
+    from vir_hf.inspection import as_page, as_terminal_text, inspect_row
+
+    shown, failed = [], []
+    for number in _choose(arguments, rows):
+        try:
+            shown.append(inspect_row(rows[number], number, processor, max_length))
+        except DataError as error:
+            failed.append(str(error))
+    if arguments.json != "-":
+        console = Console(highlight=False)
+        for row in shown:
+            console.print(Text(row.title, style="bold"), soft_wrap=True)
+            for image in row.images:
+                console.print(Text(f"image {image.get('path') or 'embedded in the row'}", style="dim"), soft_wrap=True)
+            console.print(as_terminal_text(row, arguments.ids), soft_wrap=True)
+            console.print()
+    if arguments.json:
+        text = json.dumps({"rows": [row.to_json() for row in shown], "errors": failed}, indent=1, ensure_ascii=False)
+        if arguments.json == "-":
+            print(text)
+        else:
+            Path(arguments.json).write_text(text + "\n", encoding="utf-8")
+    if arguments.html:
+        Path(arguments.html).write_text(as_page(shown, processor, lead, arguments.ids), encoding="utf-8")
+    for reason in failed:
+        print(f"error: {reason}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="vir-hf data inspect",
+        description="Show rows as the model will see them: tokens, what is learned, and the picture the tower gets.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "target", nargs="+", metavar="PATH", help="a recipe's overrides, or a data file with --tokenizer"
+    )
+    parser.add_argument(
+        "--image-folder", metavar="DIR", help="a folder, .zip or .tar; the data file's own folder by default"
+    )
+    parser.add_argument(
+        "--processor", metavar="NAME", help="a trained model or llava-hf checkpoint whose processor to use"
+    )
+    parser.add_argument("--tokenizer", metavar="NAME", help="a tokenizer, where there is no processor yet")
+    parser.add_argument(
+        "--template", help="the template (vicuna_v1 with --tokenizer, else the recipe's or processor's)"
+    )
+    parser.add_argument(
+        "--image-tokens", type=int, default=576, metavar="N", help="with --tokenizer: tokens a picture takes"
+    )
+    parser.add_argument("--max-length", type=int, metavar="N", help="cut rows as training would")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--rows", metavar="0-4,17", help="these rows, counted from 0 (the first 3)")
+    which.add_argument("--random", type=int, metavar="N", help="so many rows drawn at random")
+    which.add_argument("--id", metavar="ID", help="the rows with this id")
+    parser.add_argument("--seed", type=int, default=0, help="for --random")
+    parser.add_argument("--ids", action="store_true", help="show the number of every token")
+    parser.add_argument("--html", metavar="FILE", help="write one HTML page with the pictures as the tower sees them")
+    parser.add_argument("--json", metavar="FILE", help="write the rows as JSON, - for the terminal")
+    return parser.parse_intermixed_args(argv)
+
+
+def _open(arguments: argparse.Namespace) -> tuple[Any, Any, int | None, str]:
+    """Return processor, rows, max_length and a line that says what is shown."""
+    from vir_hf.data import load_llava_dataset, load_recipe_rows
+    from vir_hf.row_processor import load_recipe_processor, make_row_processor
+
+    if is_recipe(arguments.target):
+        from vir_hf.recipe import load_recipe
+
+        recipe = load_recipe(arguments.target)
+        rows = load_recipe_rows(recipe)
+        lead = f"{' '.join(arguments.target)}: template {recipe.model.template}"
+        return load_recipe_processor(recipe), rows, arguments.max_length or recipe.training.max_length, lead
+    path = arguments.target[0]
+    if arguments.processor:
+        from vir_hf.loading import load_processor
+
+        processor = load_processor(arguments.processor, arguments.template)
+    elif arguments.tokenizer:
+        processor = make_row_processor(arguments.tokenizer, arguments.template or "vicuna_v1", arguments.image_tokens)
+    else:
+        raise RecipeError(
+            f"data inspect: nothing says how {path} is tokenised. Name a recipe (experiment=NAME data.data_path={path}), or "
+            "--processor MODEL, or --tokenizer NAME."
+        )
+    rows = load_llava_dataset(
+        path, arguments.image_folder, decode_images=False, on_bad_row="skip", on_bad_image="skip", max_bad_fraction=1.0
+    )
+    return processor, rows, arguments.max_length, f"{path}: template {processor.template}"
+
+
+def _choose(arguments: argparse.Namespace, rows: Any) -> list[int]:
+    """Return the numbers of the rows to show."""
+    if arguments.id is not None:
+        found = [number for number, row_id in enumerate(rows["id"]) if row_id == arguments.id]
+        if not found:
+            raise DataError(f"--id {arguments.id}: none of the {len(rows)} rows has it.")
+        return found
+    if arguments.random is not None:
+        return sorted(random.Random(arguments.seed).sample(range(len(rows)), min(arguments.random, len(rows))))
+    numbers: list[int] = []
+    try:
+        for part in (arguments.rows or "0-2").split(","):
+            first, _, last = part.partition("-")
+            numbers += range(int(first), int(last or first) + 1)
+    except ValueError:
+        raise RecipeError(f"--rows {arguments.rows}: expected numbers and ranges such as 0-4,17.") from None
+    chosen = [number for number in numbers if number < len(rows)]
+    if not chosen:
+        raise RecipeError(f"--rows {arguments.rows}: there are {len(rows)} rows, counted from 0.")
+    return chosen

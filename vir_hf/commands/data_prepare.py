@@ -1,0 +1,108 @@
+"""`vir-hf data prepare`: a subset of LLaVA data with its pictures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from vir_hf.errors import RecipeError
+
+_EPILOG = """\
+examples:
+  vir-hf data prepare llava_instruct_150k.json subset --num-rows 1000 --download
+  vir-hf data prepare train.json subset --num-rows 500 --image-folder images --link
+  vir-hf data prepare hf://datasets/liuhaotian/LLaVA-Instruct-150K/llava_instruct_150k.json subset --num-rows 1000 --download
+  vir-hf data prepare train.json subset --download --base-url https://example.org/pictures
+
+Writes DIR/rows.json, DIR/images/ and DIR/failed.json. Run again, it fetches only what is missing. Then:
+  vir-hf train experiment=local_lite data.data_path=DIR/rows.json data.image_folder=DIR/images
+
+exit code: 0 complete, 1 some pictures could not be had, 2 the data cannot be read or the call is wrong.
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Prepare; return 0 complete, 1 with failures."""
+    arguments = _parse(argv)
+    from vir_hf.data import local_path
+    from vir_hf.prepare import Fetching, prepare_data
+
+    mode = "download" if arguments.download else "link" if arguments.link else "copy"
+    fetching = Fetching(
+        mode=mode,
+        image_folder=arguments.image_folder,
+        **({"base_url": arguments.base_url} if arguments.base_url else {}),
+        num_workers=arguments.num_workers,
+        retries=arguments.retries,
+        timeout_seconds=arguments.timeout,
+    )
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("images", total=None)
+        try:
+            prepared = prepare_data(
+                local_path(arguments.source),
+                arguments.out,
+                num_rows=arguments.num_rows,
+                seed=arguments.seed,
+                match=arguments.match,
+                fetching=fetching,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+            )
+        except KeyboardInterrupt:
+            console.print("interrupted; run the same command again to go on")
+            raise
+    text = json.dumps(prepared.to_json(), indent=1)
+    if arguments.json == "-":
+        print(text)
+        return 1 if prepared.failed else 0
+    if arguments.json:
+        Path(arguments.json).write_text(text + "\n", encoding="utf-8")
+    print(f"{prepared.rows_file}: {prepared.num_rows:,} rows")
+    fetched = prepared.num_images - prepared.num_present - len(prepared.failed)
+    print(f"{arguments.out}/images: {prepared.num_images - len(prepared.failed):,} images, {fetched:,} of them new")
+    if prepared.failed:
+        first = prepared.failed[0]
+        print(
+            f"{arguments.out}/failed.json: {len(prepared.failed):,} images could not be had, and {prepared.num_left_out:,} rows "
+            f"are left out; the first: {first['image']}: {first['reason']}"
+        )
+    return 1 if prepared.failed else 0
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="vir-hf data prepare",
+        description="Take a subset of LLaVA data and gather its pictures, each verified by decoding it.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", help="a LLaVA .json, .jsonl or .parquet file, or hf://datasets/owner/name/file.json")
+    parser.add_argument("out", metavar="DIR", help="where rows.json, images/ and failed.json go")
+    parser.add_argument("--num-rows", type=int, metavar="N", help="draw so many rows (all)")
+    parser.add_argument("--seed", type=int, default=0, help="for --num-rows (0)")
+    parser.add_argument("--match", metavar="TEXT", help="only rows whose image path contains this, such as coco/")
+    parser.add_argument("--image-folder", metavar="DIR", help="where the pictures are: a folder, .zip or .tar")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--link", action="store_true", help="hard-link the pictures instead of copying them")
+    how.add_argument("--download", action="store_true", help="download the pictures, COCO's by default")
+    parser.add_argument("--base-url", metavar="URL", help="download from URL/reference instead of COCO's servers")
+    parser.add_argument("--num-workers", type=int, default=16, metavar="N", help="at the same time (16)")
+    parser.add_argument(
+        "--retries", type=int, default=4, metavar="N", help="tries after the first, later and later (4)"
+    )
+    parser.add_argument("--timeout", type=float, default=30.0, metavar="SECONDS", help="of one try (30)")
+    parser.add_argument("--json", metavar="FILE", help="write what was done as JSON, - for the terminal")
+    arguments = parser.parse_args(argv)
+    if arguments.num_rows is not None and arguments.num_rows < 1:
+        raise RecipeError(f"--num-rows {arguments.num_rows}: expected 1 or more.")
+    if arguments.num_workers < 1 or arguments.retries < 0:
+        raise RecipeError("--num-workers must be at least 1 and --retries at least 0.")
+    if arguments.base_url and not arguments.download:
+        raise RecipeError("--base-url goes with --download.")
+    return arguments

@@ -1,0 +1,217 @@
+"""Rows as the model will see them: the text of their tokens, which of them are learned, and the picture the tower gets."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+import os
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+import torch
+from PIL import Image
+from rich.text import Text
+
+from vir_hf import html_pages as html
+from vir_hf.conversations import encode_row
+from vir_hf.errors import DataError
+from vir_hf.preprocessing import ImagePreprocessor
+
+_STYLE = """
+.row { display: grid; grid-template-columns: minmax(0, 300px) minmax(0, 1fr); gap: 18px; }
+.row.text { grid-template-columns: minmax(0, 1fr); }
+.row img { width: 100%; border-radius: 6px; display: block; margin-bottom: 8px; }
+.row .facts { color: var(--soft); font-size: 13px; margin: 0 0 10px; overflow-wrap: anywhere; }
+.tokens { white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.7 ui-monospace, monospace; }
+.learned { background: var(--good-back); color: var(--good); border-radius: 3px; padding: 1px 0; }
+.picture { background: var(--odd-back); color: var(--odd); border-radius: 4px; padding: 1px 6px; }
+.id { font-size: 10px; color: var(--soft); vertical-align: sub; margin: 0 3px 0 1px; }
+@media (max-width: 760px) { .row { grid-template-columns: minmax(0, 1fr); } }
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """Neighbouring tokens of one sort: `image`, `learned` (they have labels) or `read` (they have none)."""
+
+    sort: str
+    text: str
+    ids: list[int]
+    pieces: list[str]  # one text a token, for the image span none
+
+
+@dataclasses.dataclass(frozen=True)
+class InspectedRow:
+    """One row as it is trained on. `num_cut` tokens were dropped to keep `max_length`."""
+
+    number: int
+    id: str
+    spans: list[Span]
+    images: list[Any]
+    num_cut: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """All tokens, image tokens included."""
+        return sum(len(span.ids) for span in self.spans)
+
+    @property
+    def num_learned(self) -> int:
+        """Tokens with a label."""
+        return sum(len(span.ids) for span in self.spans if span.sort == "learned")
+
+    @property
+    def title(self) -> str:
+        """Number, id and counts in one line."""
+        num_image_tokens = sum(len(span.ids) for span in self.spans if span.sort == "image")
+        parts = [f"row {self.number}", f"id {self.id}", f"{self.num_tokens} tokens"]
+        parts += [f"{num_image_tokens} of images"] if num_image_tokens else []
+        parts += [f"{self.num_learned} learned"]
+        parts += [f"{self.num_cut} cut off to keep max_length"] if self.num_cut else []
+        return ", ".join(parts)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the row as plain data; image spans are folded into a count."""
+        spans = [
+            {"sort": s.sort, "text": s.text, "num_tokens": len(s.ids), **({} if s.sort == "image" else {"ids": s.ids})}
+            for s in self.spans
+        ]
+        images = [image.get("path") if isinstance(image, dict) else str(image) for image in self.images]
+        return {
+            "row": self.number,
+            "id": self.id,
+            "num_tokens": self.num_tokens,
+            "num_supervised_tokens": self.num_learned,
+            "num_cut": self.num_cut,
+            "images": images,
+            "spans": spans,
+        }
+
+
+def inspect_row(row: dict[str, Any], number: int, processor: Any, max_length: int | None = None) -> InspectedRow:
+    """Return a row of `load_llava_dataset` taken apart.
+
+    Raises:
+        DataError: the row cannot be trained on.
+    """
+    encoded = encode_row(row, processor, max_length=max_length, where=f"row {number}")
+    num_cut = 0
+    if max_length is not None:
+        num_cut = len(encode_row(row, processor)["input_ids"]) - len(encoded["input_ids"])
+    num_images = encoded.get("num_images", len(row["images"]))
+    spans = _spans(encoded["input_ids"], encoded["labels"], processor)
+    return InspectedRow(number, str(row["id"]), spans, list(row["images"])[:num_images], num_cut)
+
+
+def _spans(input_ids: list[int], labels: list[int], processor: Any) -> list[Span]:
+    sorts = [
+        "image" if token == processor.image_token_id else "read" if label < 0 else "learned"
+        for token, label in zip(input_ids, labels, strict=True)
+    ]
+    spans = []
+    start = segment = 0  # a segment is the text between images, which is decoded as a whole
+    for end in range(1, len(sorts) + 1):
+        is_image, length = sorts[start] == "image", end - start
+        is_whole = is_image and length == processor.num_image_tokens
+        if end < len(sorts) and sorts[end] == sorts[start] and not is_whole:
+            continue
+        ids = input_ids[start:end]
+        if is_image:
+            spans.append(Span("image", f"<image x{length}>", ids, []))
+            segment = end
+        else:
+            pieces = _pieces(processor.tokenizer, input_ids[segment:end])[start - segment :]
+            spans.append(Span(sorts[start], "".join(pieces), ids, pieces))
+        start = end
+    return spans
+
+
+def _pieces(tokenizer: Any, ids: list[int]) -> list[str]:
+    """Return the text each token adds to those before it; a character of several tokens comes with its last one."""
+    pieces, shown = [], ""
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        is_whole = not text.endswith("\ufffd") or end == len(ids)
+        pieces.append(text[len(shown) :] if is_whole else "")
+        shown = text if is_whole else shown
+    return pieces
+
+
+def as_terminal_text(row: InspectedRow, with_ids: bool = False) -> Text:
+    """Return a row for the terminal: learned text is green and stands between `«` and `»`, images are folded."""
+    text = Text()
+    for span in row.spans:
+        if span.sort == "image":
+            text.append(span.text, style="cyan")
+            continue
+        body = (
+            "".join(f"{piece}[{token}]" for piece, token in zip(span.pieces, span.ids, strict=True))
+            if with_ids
+            else span.text
+        )
+        body = body.replace("\n", "\u21b5\n")
+        text.append(
+            f"\u00ab{body}\u00bb" if span.sort == "learned" else body, style="green" if span.sort == "learned" else ""
+        )
+    return text
+
+
+def as_page(rows: Sequence[InspectedRow], processor: Any, lead: str, with_ids: bool = False) -> str:
+    """Return rows as one self-contained HTML page, each with its pictures as the vision tower sees them."""
+    preprocess = None
+    if getattr(processor, "image_processor", None) is not None:
+        preprocess = ImagePreprocessor(processor.image_processor, exact=True)
+    cards = []
+    for row in rows:
+        pictures = [_picture(image, preprocess) for image in row.images]
+        tokens = "".join(_span_as_html(span, with_ids) for span in row.spans)
+        left = f"<div>{''.join(pictures)}</div>" if pictures else ""
+        right = html.element("div", row.title, "facts") + f'<div class="tokens">{tokens}</div>'
+        cards.append(
+            f'<div class="card"><div class="row{"" if pictures else " text"}">{left}<div>{right}</div></div></div>'
+        )
+    legend = '<p class="note"><span class="learned">learned</span> tokens have labels; the others are only read. '
+    legend += "Pictures are what the vision tower gets, with the normalisation taken back.</p>"
+    return html.page("Rows as the model sees them", lead, legend + "".join(cards), style=_STYLE)
+
+
+def _span_as_html(span: Span, with_ids: bool) -> str:
+    if span.sort == "image":
+        return html.element("span", span.text, "picture")
+    if with_ids:
+        body = "".join(
+            f'{_visible(piece)}<span class="id">{token}</span>'
+            for piece, token in zip(span.pieces, span.ids, strict=True)
+        )
+    else:
+        body = _visible(span.text)
+    return f'<span class="learned">{body}</span>' if span.sort == "learned" else body
+
+
+def _visible(text: str) -> str:
+    return escape(text).replace("\n", "\u21b5\n")
+
+
+def _picture(image: Any, preprocess: ImagePreprocessor | None) -> str:
+    name = os.path.basename(image.get("path") or "embedded image") if isinstance(image, dict) else str(image)
+    if preprocess is None:
+        return html.element("p", name, "facts")
+    try:
+        shown = denormalise(preprocess(image), preprocess.image_processor)
+    except DataError as error:
+        return html.element("p", str(error), "facts bad")
+    buffer = io.BytesIO()
+    shown.save(buffer, "JPEG", quality=88)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    label = f"{shown.width}x{shown.height} pixels, {name}"
+    return f'<img alt="" src="data:image/jpeg;base64,{data}">{html.element("p", label, "facts")}'
+
+
+def denormalise(pixel_values: torch.Tensor, image_processor: Any) -> Image.Image:
+    """Return `(3, height, width)` pixel values as the picture they show."""
+    mean = torch.tensor(image_processor.image_mean).view(3, 1, 1)
+    deviation = torch.tensor(image_processor.image_std).view(3, 1, 1)
+    levels = (pixel_values * deviation + mean).clamp(0, 1).mul(255).round().to(torch.uint8)
+    return Image.fromarray(levels.permute(1, 2, 0).numpy())
