@@ -6,9 +6,9 @@ separate run a machine for DeepSpeed's default multi-node launcher. So what was 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from vir_hf.errors import RecipeError
 ASKED_VARIABLE = "VIR_HF_ASKED"
 # accelerate's names for "one process a device and all-reduce".
 _PLAIN = {"NO", "MULTI_GPU", "MULTI_CPU", "XLA", "MULTI_NPU", "MULTI_XPU"}
+# How many parents up the launcher is looked for: DeepSpeed's own launchers stand between it and the training process.
+_MAX_ANCESTORS = 6
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,27 @@ class Engine:
     num_machines: int = 1
 
     def __str__(self) -> str:
-        name = self.name if self.name != "plain" else "one process" if self.num_processes == 1 else "DDP"
-        processes = "process" if self.num_processes == 1 else "processes"
-        machines = "machine" if self.num_machines == 1 else "machines"
-        return f"{name}, {self.num_processes} {processes} on {self.num_machines} {machines}"
+        return f"{self.title}, {_count(self.num_processes, 'process', 'es')} on {_count(self.num_machines, 'machine')}"
+
+    @property
+    def title(self) -> str:
+        """The engine as people call it."""
+        if self.name == "plain":
+            return "single device" if self.num_processes == 1 else "DDP"
+        return f"ZeRO-{self.name[-1]}" if self.name.startswith("zero") else self.name.upper()
+
+
+def _count(number: int, noun: str, plural: str = "s") -> str:
+    return f"{number} {noun}{'' if number == 1 else plural}"
+
+
+def first_line(engine: Engine, rows_per_step: int, device: Any) -> str:
+    """Return the first line of a run's log: engine, ranks, nodes and global batch."""
+    ranks, nodes = _count(engine.num_processes, "rank"), _count(engine.num_machines, "node")
+    rows = _count(rows_per_step, "row")
+    return (
+        f"engine: {engine.title} · {ranks} on {nodes} · {getattr(device, 'type', device)} · global batch {rows} a step"
+    )
 
 
 def asked_for() -> Engine | None:
@@ -53,9 +72,9 @@ def asked_for() -> Engine | None:
 
 
 def from_words(words: list[str]) -> Engine | None:
-    """Return what an `accelerate launch` command line asks for; `None` where it names no config file."""
+    """Return what an `accelerate launch` command line asks for; `None` where it neither names nor has a config file."""
     options = _options(words)
-    path = options.get("config_file")
+    path = options.get("config_file") or _default_config_file()
     if path is None:
         return None
     try:
@@ -65,6 +84,13 @@ def from_words(words: list[str]) -> Engine | None:
     for name in ("num_processes", "num_machines"):
         if name in options:
             config[name] = options[name]
+    if "zero_stage" in options:
+        config["deepspeed_config"] = {**config.get("deepspeed_config", {}), "zero_stage": options["zero_stage"]}
+    if "fsdp_version" in options:
+        config["fsdp_config"] = {**config.get("fsdp_config", {}), "fsdp_version": options["fsdp_version"]}
+    for flag, kind in (("use_deepspeed", "DEEPSPEED"), ("use_fsdp", "FSDP"), ("multi_gpu", "MULTI_GPU")):
+        if flag in options:
+            config["distributed_type"] = kind
     return from_config(config)
 
 
@@ -83,7 +109,7 @@ def from_config(config: dict[str, Any]) -> Engine:
 
 
 def running(accelerator: Any) -> Engine:
-    """Return the engine that runs, as seen from inside."""
+    """Return the engine that runs, as seen from inside; every rank must ask."""
     kind = accelerator.distributed_type.value
     if kind == "DEEPSPEED":
         name = f"zero{int(accelerator.state.deepspeed_plugin.zero_stage)}"
@@ -95,62 +121,108 @@ def running(accelerator: Any) -> Engine:
 
 
 def check(accelerator: Any, asked: Engine | None) -> Engine:
-    """Return what runs; every rank stops if it is not what was asked for.
+    """Return what runs; every rank must ask, and `resume.together` stops them all where one is told otherwise.
 
     Raises:
-        RecipeError: naming both.
+        RecipeError: what runs is not what was asked for; it names both.
     """
     found = running(accelerator)
-    if asked is None:
-        return found
-    same_machines = asked.num_machines == found.num_machines or asked.num_machines == 1
-    if (asked.name, asked.num_processes) != (found.name, found.num_processes) or not same_machines:
-        raise RecipeError(
-            f"the accelerate config asks for {asked}, but what runs is {found}. On a CPU use accelerate_configs/cpu.yaml "
-            "(DDP) or zero2; FSDP2 needs GPUs; DeepSpeed on several machines needs deepspeed_multinode_launcher: standard. "
-            "`vir-hf launch` writes a command that does what it says."
-        )
+    if asked is not None and asked != found:
+        raise RecipeError(f"the accelerate config asks for {asked}, but what runs is {found}. {_remedy(asked, found)}")
     return found
 
 
+def _remedy(asked: Engine, found: Engine) -> str:
+    if asked.num_machines > 1 and found.num_processes < asked.num_processes:
+        return (
+            "Each machine trains alone: DeepSpeed on several machines needs deepspeed_multinode_launcher: standard "
+            "(accelerate_configs/multi_node_zero2.yaml), and every machine its own --machine_rank."
+        )
+    if asked.name.startswith("fsdp"):
+        return "accelerate cannot run FSDP on a CPU: use GPUs, or accelerate_configs/cpu.yaml (DDP) or zero2.yaml."
+    if asked.name.startswith("zero"):
+        return "Unset ACCELERATE_USE_CPU, which turns DeepSpeed off; on a CPU set training.use_cpu=true in its place."
+    return (
+        "On a CPU accelerate starts one process for MULTI_CPU and for NO: use accelerate_configs/cpu.yaml with "
+        "--num_processes, or vir-hf launch."
+    )
+
+
+def avoid_compiling(*, use_cpu: bool) -> None:
+    """Let DeepSpeed talk over gloo on a CPU; must come before the processes are joined.
+
+    Its shared-memory kernels would be compiled in the first run: a minute with a compiler, a crash without one, and the
+    gloo operations give the same sums.
+    """
+    if not use_cpu or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
+        return
+    if importlib.util.find_spec("deepspeed") is None:
+        raise RecipeError(
+            "the accelerate config asks for DeepSpeed, which is not installed: pip install 'vir-hf[gpu]'."
+        )
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def load_whole_weights() -> None:
+    """Let every rank load whole weights under ZeRO-3 too; DeepSpeed shares them out when training starts.
+
+    Parts are joined, adapters put in and weights hashed before that, none of which works on a share of a weight.
+    """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()
+
+
 def _num_machines(accelerator: Any) -> int:
-    """Distinct hosts among the ranks, counted over the run's own process group."""
+    """How many launchers started the run's ranks, which is how many nodes there are."""
     if accelerator.num_processes == 1:
         return 1
     import torch
 
-    names: list[Any] = [None] * accelerator.num_processes
-    torch.distributed.all_gather_object(names, _host())
-    return len(set(names))
+    local_ranks: list[Any] = [None] * accelerator.num_processes
+    torch.distributed.all_gather_object(local_ranks, int(accelerator.local_process_index))
+    return local_ranks.count(0)
 
 
-def _host() -> str:
-    """This machine, told apart from another by host name and network namespace (containers may share a name)."""
-    try:
-        namespace = os.readlink("/proc/self/ns/net")
-    except OSError:
-        namespace = ""
-    return f"{socket.gethostname()} {namespace}"
+def _default_config_file() -> Path | None:
+    """The file that `accelerate config` writes and `accelerate launch` takes where none is named."""
+    cache = os.environ.get("HF_HOME") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "huggingface"
+    )
+    path = Path(cache) / "accelerate" / "default_config.yaml"
+    return path if path.is_file() else None
 
 
 def _launcher_words() -> list[str] | None:
     """The command line of the nearest `accelerate launch` above this process, where the system shows it."""
     process = os.getppid()
-    for _ in range(6):
+    for _ in range(_MAX_ANCESTORS):
         try:
             words = Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace").split("\0")
             status = Path(f"/proc/{process}/stat").read_text(encoding="utf-8")
         except OSError:
             return None
-        if "launch" in words and any(
-            Path(word).name == "accelerate" or word == "accelerate.commands.launch" for word in words
-        ):
-            return words[words.index("launch") + 1 :]
-        if "accelerate.commands.launch" in words:
-            return words[words.index("accelerate.commands.launch") + 1 :]
+        found = _after_launch(words)
+        if found is not None:
+            return found
         process = int(status.rpartition(")")[2].split()[1])
         if process <= 1:
             return None
+    return None
+
+
+def _after_launch(words: list[str]) -> list[str] | None:
+    """The words behind `accelerate launch` (or `-m accelerate.commands.launch`), `None` in any other command."""
+    for number, word in enumerate(words):
+        name = Path(word).name
+        if word == "accelerate.commands.launch" or name == "accelerate-launch":
+            return words[number + 1 :]
+        is_command = name == "accelerate" or word in ("accelerate.commands.accelerate_cli", "accelerate")
+        if is_command and words[number + 1 : number + 2] == ["launch"]:
+            return words[number + 2 :]
     return None
 
 
@@ -166,8 +238,15 @@ def _options(words: list[str]) -> dict[str, str]:
         name = name.replace("-", "_")
         if has_value:
             found[name] = value
-        elif position + 1 < len(words) and not words[position + 1].startswith("-"):
+        elif name in _FLAGS or position + 1 >= len(words) or words[position + 1].startswith("-"):
+            found[name] = ""
+        else:
             found[name] = words[position + 1]
             position += 1
         position += 1
     return found
+
+
+# Options of accelerate that take no value: the word after them may be the script.
+_FLAGS = {"quiet", "q", "cpu", "multi_gpu", "tpu", "use_deepspeed", "use_fsdp", "use_parallelism_config", "use_megatron_lm",
+          "no_python", "debug", "enable_cpu_affinity", "main_process_only"}  # fmt: skip

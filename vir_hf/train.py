@@ -6,8 +6,10 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from vir_hf.recipe import RecipeArgumentParser, recipe_from
+from vir_hf.recipe import Recipe, RecipeArgumentParser, recipe_from
+from vir_hf.recipe_rules import SELF_CONTAINED
 
 _EPILOG = """\
 examples:
@@ -45,26 +47,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     from vir_hf.checkpoints import list_checkpoints
     from vir_hf.errors import RunError
     from vir_hf.signals import RunStopped, say_stopped
-    from vir_hf.training import train
 
     try:
-        metrics = train(recipe)
+        metrics = _run(recipe)
     except RunStopped as stopped:
         found = list_checkpoints(Path(recipe.training.output_dir))
         return say_stopped(stopped, recipe.training.output_dir, str(found[0].path) if found else None)
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(closing_words(metrics, recipe.training.output_dir))
+    if os.environ.get("RANK", "0") == "0":
+        print(closing_words(metrics, recipe.training.output_dir))
     return 0
+
+
+def _run(recipe: Recipe) -> dict[str, Any]:
+    """Train; the quickstart makes its data and parts first."""
+    if recipe.experiment.name == SELF_CONTAINED and recipe.data.data_path is None and recipe.data.sources is None:
+        from vir_hf.quickstart.run import run_quickstart
+
+        return run_quickstart(recipe)
+    from vir_hf.training import train
+
+    return train(recipe)
 
 
 def closing_words(metrics: dict, output_dir: str) -> str:
     """What was made, where it lies, and what to type next."""
+    picture = metrics.get("example_image", "photo.jpg")
     return (
         f"\ndone: {metrics['num_steps']} steps, loss {metrics['first_loss']:.4f} -> {metrics['final_loss']:.4f}, "
         f"{metrics['seconds']} s. In {output_dir}: model, processor, recipe.yaml, metrics.json\n"
-        f"next:\n  vir-hf chat {output_dir} --image photo.jpg\n  vir-hf push {output_dir} you/your-model --dry-run"
+        f"next:\n  vir-hf chat {output_dir} --image {picture}\n  vir-hf push {output_dir} you/your-model --dry-run"
     )
 
 
