@@ -288,7 +288,7 @@ def _too_long(row: dict[str, Any], num_tokens: int, max_length: int) -> tuple[st
 def _reference(image: Any) -> str | ImageHeader | tuple[str, str]:
     """Return a file's name as it is; of embedded bytes the header, or the kind and detail of what is wrong."""
     if isinstance(image, dict) and image.get("bytes") is not None:
-        return _look_at({"bytes": image["bytes"], "path": image.get("path")}, "embedded image")
+        return _look_at({"bytes": image["bytes"], "path": image.get("path")})
     if isinstance(image, dict):
         image = image.get("path")
     return image if isinstance(image, str) else ("image_missing", f"image {image!r}: expected a file name")
@@ -357,6 +357,25 @@ def _check_images(
                 report.problems += [Problem(*user, kind, _printable(detail)) for user in users[key]]
 
 
+def look_at_pictures(
+    sources: Sequence[str | dict[str, Any]],
+    num_workers: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[ImageHeader | tuple[str, str]]:
+    """Return the header of each picture, or the kind and detail of what is wrong with it, found on all cores."""
+    tasks = [sources[start : start + _IMAGES_PER_TASK] for start in range(0, len(sources), _IMAGES_PER_TASK)]
+    found: list[ImageHeader | tuple[str, str]] = []
+    with _Pool(_Check(None), len(tasks), num_workers) as pool:
+        for done, outcomes in enumerate(pool.map(_look_at_all, tasks), 1):
+            found += outcomes
+            progress(done, len(tasks))
+    return found
+
+
+def _look_at_all(sources: Sequence[str | dict[str, Any]]) -> list[ImageHeader | tuple[str, str]]:
+    return [_look_at(source) for source in sources]
+
+
 def _look_at_files(task: Sequence[tuple[str, str]]) -> list[Any]:
     return [_look_at_file(file, reference) for file, reference in task]
 
@@ -369,13 +388,13 @@ def _look_at_file(file: str, reference: str) -> list[ImageHeader | tuple[str, st
         return [(error.kind, str(error))]
     if place.startswith(("http://", "https://")):
         return []  # allowed, and not fetched to be looked at
-    outcome = _look_at(place, reference)
+    outcome = _look_at(place)
     if isinstance(outcome, ImageHeader) and is_misnamed(reference, outcome.format):
         return [outcome, ("image_misnamed", f"{reference}: is a {outcome.format} file by its content")]
     return [outcome]
 
 
-def _look_at(source: str | dict[str, Any], name: str) -> ImageHeader | tuple[str, str]:
+def _look_at(source: str | dict[str, Any]) -> ImageHeader | tuple[str, str]:
     try:
         header = read_image_header(source)
         if _CHECK.decode:
