@@ -21,7 +21,7 @@ SKIP = BadRowPolicy("raise", "skip", 0.5)
 
 def png(number: int) -> bytes:
     buffer = io.BytesIO()
-    Image.new("RGB", (8 + number, 8), (number, 0, 0)).save(buffer, "PNG")
+    Image.effect_noise((40 + number, 30), 50).save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -31,7 +31,7 @@ def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> datasets.Dataset
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(picture_check, "_ROWS_PER_BATCH", 5)
     for number in range(6):
-        (tmp_path / f"{number}.png").write_bytes(b"" if number == 4 else png(number)[: 60 if number == 2 else None])
+        (tmp_path / f"{number}.png").write_bytes(b"" if number == 4 else png(number)[: 600 if number == 2 else None])
     turns = [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "!"}]
     rows = [{"id": f"r{n}", "image": f"{n % 6}.png", "conversations": turns} for n in range(11)]
     two = [{"from": "human", "value": "<image><image>?"}, {"from": "gpt", "value": "!"}]
