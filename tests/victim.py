@@ -47,7 +47,7 @@ def overrides(root: Path, output_dir: Path, *more: str) -> list[str]:
 
 
 def _run(
-    arguments: list[str], watched: Path, kill_at: int | None, log: Path, disturb: Callable[[], Any] | None
+    arguments: list[str], watched: Path, kill_at: int | str | None, log: Path, disturb: Callable[[], Any] | None
 ) -> None:
     moments: list[str] = []
 
@@ -58,7 +58,7 @@ def _run(
             and str(values[0]).startswith(str(watched))
         ):
             moments.append(f"{event} {str(values[0]).removeprefix(str(watched))}")
-            if len(moments) - 1 == kill_at:
+            if kill_at == len(moments) - 1 or (isinstance(kill_at, str) and kill_at in moments[-1]):
                 os.kill(os.getpid(), signal.SIGKILL)
 
     from vir_hf.train import main
@@ -85,13 +85,16 @@ def run(
     arguments: list[str],
     watched: Path,
     *,
-    kill_at: int | None = None,
+    kill_at: int | str | None = None,
     disturb: Callable[[], Any] | None = None,
     environment: dict[str, str] | None = None,
     log: Path | None = None,
     wait: bool = True,
 ) -> Any:
-    """Run `vir-hf train` in a forked process and return `(exit code, moments, output)`; -9 is a kill."""
+    """Run `vir-hf train` in a forked process and return `(exit code, moments, output)`; -9 is a kill.
+
+    `kill_at` is a moment's number, or a part of its name.
+    """
     log = log or watched / "victim.json"
     log.unlink(missing_ok=True)
 

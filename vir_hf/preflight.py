@@ -198,8 +198,8 @@ def _try_backward(trainer: LlavaTrainer) -> None:
         trainer._total_train_tokens = num_tokens
     if not torch.isfinite(loss.detach()):
         raise RecipeError(
-            f"row {row.get('id')!r}: its loss is {float(loss):.4g} before the first step. The base weights may hold bad numbers, "
-            "or overflow in this dtype: try model.dtype=float32."
+            f"row {row.get('id')!r}: its loss is {float(loss.detach()):.4g} before the first step. The base weights may hold "
+            "bad numbers, or overflow in this dtype: try model.dtype=float32."
         )
 
 

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import logging
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -334,9 +335,10 @@ class LlavaTrainer(SFTTrainer):
 
     def _require_finite(self, loss: torch.Tensor) -> None:
         """Raise for a bad loss before DeepSpeed, whose backward pass ends with the optimizer's step, can use it."""
-        if any_rank(not is_finite(float(loss)), self.args.device):
+        value = float(loss.detach())
+        if any_rank(not is_finite(value), self.args.device):
             raise RunError(
-                f"step {self.state.global_step + 1}: loss {float(loss):.4g} on rank {self.args.process_index}. The weights were "
+                f"step {self.state.global_step + 1}: loss {value:.4g} on rank {self.args.process_index}. The weights were "
                 f"not touched. {checkpoints.what_is_left(Path(self.args.output_dir))} DeepSpeed cannot skip a step: lower "
                 "training.learning_rate, or find the row without DeepSpeed; then add --resume."
             )
@@ -504,7 +506,7 @@ class LlavaTrainer(SFTTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
+        elif not any(Path(resume_from_checkpoint).glob("global_step*")):  # else `consolidated` has loaded them in fp32
             resume.load_weights(self.model if model is None else model, Path(resume_from_checkpoint))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
@@ -521,6 +523,9 @@ class LlavaTrainer(SFTTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and not self.is_deepspeed_enabled and any(Path(checkpoint).glob("global_step*")):
+            # Of DeepSpeed, whose optimizer state stays behind; upstream reads the schedule only together with it.
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
         self._not_yet_restored = checkpoint
 
     def _run_epoch(self, **kwargs: Any) -> None:
@@ -565,4 +570,7 @@ def make_sft_config(arguments: dict[str, Any], **fixed: Any) -> SFTConfig:
     merged = {**arguments, **fixed}
     if "gradient_checkpointing" in merged:  # upstream's new name for it; the old one warns
         merged["activation_checkpointing"] = merged.pop("gradient_checkpointing")
-    return SFTConfig(**merged)
+    with warnings.catch_warnings():
+        # TRL 1.16 sets the old name itself, whatever it is given.
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
+        return SFTConfig(**merged)

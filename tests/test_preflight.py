@@ -1,0 +1,147 @@
+"""What would fail late fails at once, with the key and the remedy; what is tried leaves no trace."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from vir_hf import preflight, training
+from vir_hf.errors import RecipeError
+from vir_hf.recipe import Recipe, load_recipe
+from vir_hf.training import train
+
+
+def recipe_for(root: Path, output_dir: Path, *more: str) -> Recipe:
+    overrides = tiny.training_overrides(root, output_dir, **{"training.max_steps": 2})
+    return load_recipe([*overrides, "quantization=none", "lora.lora_dropout=0.1", *more])
+
+
+def test_an_output_dir_that_is_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(RecipeError, match=r"training.output_dir=.*taken/run: nothing can be written there"):
+        preflight.check_output_dir(tmp_path / "taken" / "run")
+
+
+def test_a_writable_output_dir_is_left_empty(tmp_path: Path) -> None:
+    preflight.check_output_dir(tmp_path / "new" / "run")
+    assert list((tmp_path / "new" / "run").iterdir()) == []
+
+
+def test_a_tracker_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match="pip install trackio"):
+        preflight.check_trackers(["trackio"])
+    preflight.check_trackers("none")
+
+
+def test_wandb_without_a_login(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    with pytest.raises(RecipeError, match="wandb login"):
+        preflight.check_trackers("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    preflight.check_trackers("wandb")
+
+
+def test_pushing_offline_or_unknown_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(RecipeError, match="HF_HUB_OFFLINE is set"):
+        preflight.check_hub("me/model")
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+
+    def whoami(*args: Any, **kwargs: Any) -> None:
+        raise OSError("401, token hf_secret")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.whoami", whoami)
+    with pytest.raises(RecipeError, match="hf auth login") as error:
+        preflight.check_hub("me/model")
+    assert "hf_secret" not in str(error.value)
+
+
+def test_a_taken_port_is_named() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(RecipeError, match=f"port {port} on 127.0.0.1: is taken"):
+            preflight.check_port("127.0.0.1", port)
+    preflight.check_port("127.0.0.1", port)
+
+
+def test_splitting_is_refused_with_several_processes(tiny_parts: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(tiny_parts, tmp_path, "training.on_out_of_memory=split")
+    preflight.check_machine(recipe, world_size=1)
+    with pytest.raises(RecipeError, match="training.on_out_of_memory=raise"):
+        preflight.check_machine(recipe, world_size=2)
+
+
+def test_a_generation_config_that_cannot_be_saved_stops_at_once(
+    tiny_parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = training.load_model_and_processor
+
+    def loaded(*args: Any, **kwargs: Any) -> Any:
+        model, processor = load(*args, **kwargs)
+        model.generation_config.temperature = 0.2
+        model.generation_config.do_sample = False
+        return model, processor
+
+    monkeypatch.setattr(training, "load_model_and_processor", loaded)
+    monkeypatch.setattr(training, "keep_base", lambda *args, **kwargs: None)
+    with pytest.raises(RecipeError, match="generation_config cannot be saved.*do_sample"):
+        train(recipe_for(tiny_parts, tmp_path))
+
+
+def test_a_disk_too_small_for_one_checkpoint_stops_at_once(
+    tiny_parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("vir_hf.checkpoints.shutil.disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(RecipeError, match="one checkpoint needs .* but only 0.00 MiB are free"):
+        train(recipe_for(tiny_parts, tmp_path))
+
+
+def test_a_model_that_cannot_be_saved_stops_at_once(
+    tiny_parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save(*args: Any, **kwargs: Any) -> None:
+        raise TypeError("no JSON for this")
+
+    monkeypatch.setattr("peft.PeftModel.save_pretrained", save)
+    with pytest.raises(RecipeError, match="would fail at its first checkpoint"):
+        train(recipe_for(tiny_parts, tmp_path))
+
+
+def test_bad_base_weights_stop_at_once(tiny_parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = training.load_model_and_processor
+
+    def loaded(*args: Any, **kwargs: Any) -> Any:
+        model, processor = load(*args, **kwargs)
+        with torch.no_grad():
+            model.model.language_model.norm.weight.fill_(float("nan"))
+        return model, processor
+
+    monkeypatch.setattr(training, "load_model_and_processor", loaded)
+    with pytest.raises(RecipeError, match="its loss is nan before the first step"):
+        train(recipe_for(tiny_parts, tmp_path))
+
+
+def test_trying_leaves_no_trace(tiny_parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dropout draws random numbers and TRL counts tokens: with and without the preflight a run is the same."""
+    with_it = train(recipe_for(tiny_parts, tmp_path / "with"))
+    monkeypatch.setattr(preflight, "check_run", lambda trainer: None)
+    without = train(recipe_for(tiny_parts, tmp_path / "without"))
+    mine, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("with", "without"))
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    assert with_it["loss_history"] == without["loss_history"] and with_it["num_tokens"] == without["num_tokens"]
+    assert not list((tmp_path / "with").glob(".*"))
