@@ -255,7 +255,7 @@ def identify(
     }
 
 
-def check_identity(point: ResumePoint, identity: dict[str, Any], *, is_deepspeed: bool = False) -> None:
+def check_identity(point: ResumePoint, identity: dict[str, Any]) -> None:
     """Raise if rows, plan or base weights are others than those the checkpoint was made with."""
     before, identity = point.position, json.loads(json.dumps(identity))
     if before["data"]["rows"] != identity["data"]["rows"]:
@@ -285,11 +285,6 @@ def check_identity(point: ResumePoint, identity: dict[str, Any], *, is_deepspeed
             "the old folder."
         )
     if before["world_size"] != identity["world_size"]:
-        if is_deepspeed:
-            raise RecipeError(
-                f"{point.path}: was written by {before['world_size']} processes and DeepSpeed can go on with as many only, "
-                f"found {identity['world_size']}. Start {before['world_size']} processes."
-            )
         logger.warning(
             "%s: written by %s processes, going on with %s: the same rows a step, but not the same bits",
             point.path,
@@ -389,12 +384,12 @@ def load_weights(model: nn.Module, folder: Path) -> None:
         unexpected = list(getattr(result, "unexpected_keys", []))
         loaded = {tensor.data_ptr() for tensor in get_peft_model_state_dict(model).values()}
         if (folder / REST).is_file():
-            loaded |= _copy_in(model, load_file(folder / REST), folder)
+            loaded |= copy_in(model, load_file(folder / REST), folder)
     else:
         unexpected, loaded = [], set()
         for path in sorted(folder.glob("model*.safetensors")):
             state = {_name_in_memory(name): tensor for name, tensor in load_file(path).items()}
-            loaded |= _copy_in(model, state, folder)
+            loaded |= copy_in(model, state, folder)
     missing = [
         name
         for name, parameter in model.named_parameters()
@@ -407,7 +402,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
         )
 
 
-def _copy_in(model: nn.Module, state: dict[str, torch.Tensor], folder: Path) -> set[int]:
+def copy_in(model: nn.Module, state: dict[str, torch.Tensor], folder: Path) -> set[int]:
     """Copy tensors into the parameters and buffers of their names; return the addresses of what was written."""
     targets = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     written = set()

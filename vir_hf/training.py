@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -15,7 +16,7 @@ import torch
 import transformers
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
-from vir_hf import engine_check, preflight, resume
+from vir_hf import consolidated, engine_check, preflight, resume
 from vir_hf.audit import AUDIT_FILE, audit_as_dict, audit_model, print_audit
 from vir_hf.collator import LlavaDataCollator
 from vir_hf.data import load_llava_dataset, load_sources
@@ -87,14 +88,27 @@ def _train(recipe: Recipe, signals: StopOnSignal, callbacks: Sequence[TrainerCal
     resume.together(lambda: keep_base(model, processor, recipe, is_main_process=is_main))
     collator = make_collator(recipe, processor)
     collator.feature_lookup = cache_for_training(recipe, model.model, processor, rows, arguments.device)
+    model.model.reads_vision_features = collator.feature_lookup is not None
+    model.model.sums_gradients_as_they_come = arguments.deepspeed_plugin is not None
     model = make_trainable(model, recipe)
     if is_main:
         report_audit(model, recipe, describe_precision(precision, model, arguments.tf32))
-    identity = resume.identify(
-        rows, sampler, model, world_size=arguments.world_size, feature_lookup=collator.feature_lookup
+    identity = resume.broadcast(
+        resume.together(
+            lambda: (
+                resume.identify(
+                    rows, sampler, model, world_size=arguments.world_size, feature_lookup=collator.feature_lookup
+                )
+                if is_main
+                else None
+            )
+        )
     )
+    starts_anew = False
     if point is not None:
-        resume.check_identity(point, identity, is_deepspeed=arguments.deepspeed_plugin is not None)
+        is_deepspeed = arguments.deepspeed_plugin is not None
+        resume.check_identity(point, identity)
+        starts_anew = consolidated.load_if_needed(model, point, arguments.world_size, is_deepspeed=is_deepspeed)
     trainer = LlavaTrainer(
         model=model,
         args=arguments,
@@ -114,7 +128,8 @@ def _train(recipe: Recipe, signals: StopOnSignal, callbacks: Sequence[TrainerCal
     if is_main:
         print(engine_check.first_line(engine, sampler.rows_per_step, trainer.args.device), flush=True)
     resume.together(lambda: preflight.check_run(trainer))
-    trainer.train(resume_from_checkpoint=None if point is None else str(point.path))
+    with consolidated.optimizer_starts_anew() if starts_anew else contextlib.nullcontext():
+        trainer.train(resume_from_checkpoint=None if point is None else str(point.path))
     if signals.received is not None and trainer.state.global_step < trainer.state.max_steps:
         raise RunStopped(signals.received, trainer.state.global_step)
     metrics = summarise(trainer, recipe)

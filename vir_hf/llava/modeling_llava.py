@@ -12,7 +12,7 @@ import copy
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -45,13 +45,21 @@ register_checkpoint_conversion_mapping("LlavaForCausalLM", get_checkpoint_conver
 
 
 class LlavaModel(NativeLlavaModel):
-    """Vision tower, projector and language model without a head."""
+    """Vision tower, projector and language model without a head.
+
+    Attributes:
+        reads_vision_features: batches bring `vision_features`, so the tower runs on no rank.
+        sums_gradients_as_they_come: gradients must arrive in the same order on every rank (DeepSpeed).
+    """
+
+    reads_vision_features = False
+    sums_gradients_as_they_come = False
 
     def __init__(self, config: NativeLlavaConfig):
         super().__init__(config)
         projector_type = projector_type_of(config)
         if projector_type != NATIVE_PROJECTOR_TYPE:
-            self.multi_modal_projector = build_projector(config, projector_type)
+            self.multi_modal_projector: Any = build_projector(config, projector_type)
             self.post_init()
 
     def is_vision_tower_frozen(self) -> bool:
@@ -67,7 +75,7 @@ class LlavaModel(NativeLlavaModel):
         selected = [layers] if isinstance(layers, int) else list(layers)
         num_layers = self.vision_tower.config.num_hidden_layers
         depth = max(layer if layer >= 0 else num_layers + 1 + layer for layer in selected)
-        tower = getattr(self.vision_tower, "vision_model", self.vision_tower)
+        tower: Any = getattr(self.vision_tower, "vision_model", self.vision_tower)
         if not (hasattr(tower, "embeddings") and hasattr(tower, "encoder")):
             return set()
         used = {id(p) for module in (tower.embeddings, *tower.encoder.layers[:depth]) for p in module.parameters()}
@@ -94,7 +102,7 @@ class LlavaModel(NativeLlavaModel):
         selected = [layers] if isinstance(layers, int) else list(layers)
         num_layers = self.vision_tower.config.num_hidden_layers
         depths = [layer if layer >= 0 else num_layers + 1 + layer for layer in selected]
-        tower = getattr(self.vision_tower, "vision_model", self.vision_tower)
+        tower: Any = getattr(self.vision_tower, "vision_model", self.vision_tower)
         pixel_values = pixel_values.to(self.vision_tower.dtype)
         if hasattr(tower, "embeddings") and hasattr(tower, "encoder"):
             hidden_states = tower.embeddings(pixel_values)  # (num_images, num_patches (+ 1), vision_hidden)
@@ -151,18 +159,21 @@ class LlavaModel(NativeLlavaModel):
                 return_dict=True,
                 **kwargs,
             )
-        features = vision_features if vision_features is not None else self.encode_images(pixel_values)
-        projected = self.project(features)
+        if vision_features is None:
+            if pixel_values is None:
+                raise ValueError("neither pixel_values nor vision_features: there is no picture to look at.")
+            vision_features = self.encode_images(pixel_values)
+        projected = self.project(vision_features)
         if image_indices is not None:
             projected = projected.index_select(0, image_indices)
-        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=list(projected))
+        return BaseModelOutputWithPooling(last_hidden_state=vision_features, pooler_output=list(projected))
 
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         image_indices: torch.Tensor | None = None,
         vision_features: torch.Tensor | None = None,
@@ -186,7 +197,9 @@ class LlavaModel(NativeLlavaModel):
             ValueError: a packed row with an attention mask, a cache, or lengths that do not add up; numbers of image
                 tokens and image features that differ.
         """
-        if inputs_embeds is None and input_ids is not None:
+        if inputs_embeds is None:
+            if input_ids is None:
+                raise ValueError("neither input_ids nor inputs_embeds: there is no text to read.")
             inputs_embeds = self.get_input_embeddings()(input_ids)
         has_images = pixel_values is not None or vision_features is not None
         if has_images and not (mm_encoder_outputs or {}).get("image"):
@@ -201,11 +214,12 @@ class LlavaModel(NativeLlavaModel):
                 )
             }
         image_features = None
-        if (mm_encoder_outputs or {}).get("image") is not None:
-            image_features = torch.cat(list(mm_encoder_outputs["image"].pooler_output), dim=0)
+        encoded_images = (mm_encoder_outputs or {}).get("image")
+        if encoded_images is not None:
+            image_features = torch.cat(list(encoded_images.pooler_output), dim=0)
             image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
             inputs_embeds = self._merge(input_ids, inputs_embeds, image_features)
-        elif self.training and torch.is_grad_enabled():
+        elif (self.training and torch.is_grad_enabled()) or self._has_sharded_vision_parts():
             inputs_embeds = inputs_embeds + self._zero_from_vision_parts(inputs_embeds)
 
         if segment_lengths is not None:
@@ -279,22 +293,36 @@ class LlavaModel(NativeLlavaModel):
         """A zero that depends on every trained weight of projector and tower, for micro-batches of text alone.
 
         Without it those weights have no gradient on this rank while other ranks wait for one. Where weights are sharded
-        (ZeRO-3, FSDP2) every rank must also run the modules, so one blank picture passes through them.
+        (ZeRO-3, FSDP2) every rank must also run the modules, so one blank picture passes through them. ZeRO-2 sums gradients
+        in their order of arrival, so there what learns must run too: the projector, and the tower only if it learns.
         """
         zero = inputs_embeds.new_zeros(())
-        parts = [*self.multi_modal_projector.parameters(), *self.vision_tower.parameters()]
-        trained = [parameter for parameter in parts if parameter.requires_grad]
-        if not trained:
+        is_sharded = self._has_sharded_vision_parts()
+        trained = [parameter for parameter in self._vision_parameters() if parameter.requires_grad]
+        if not trained and not is_sharded:
             return zero
-        if any(hasattr(parameter, "ds_id") or hasattr(parameter, "placements") for parameter in parts):
-            size = self.vision_tower.config.image_size
-            blank = torch.zeros(
-                1, self.vision_tower.config.num_channels, size, size, device=inputs_embeds.device
+        if not is_sharded and not self.sums_gradients_as_they_come:
+            for parameter in trained:
+                zero = zero + (parameter.sum() * 0).to(zero.dtype)
+            return zero
+        tower, device = self.vision_tower.config, inputs_embeds.device
+        if self.reads_vision_features or (not is_sharded and self.is_vision_tower_frozen()):
+            layers = self.config.vision_feature_layer
+            width = tower.hidden_size * (1 if isinstance(layers, int) else len(layers))
+            features = torch.zeros(1, 1, width, device=device)
+        else:
+            features = self.encode_images(
+                torch.zeros(1, tower.num_channels, tower.image_size, tower.image_size, device=device)
             )
-            return self.project(self.encode_images(blank)).sum().to(zero.dtype) * 0
-        for parameter in trained:
-            zero = zero + (parameter.sum() * 0).to(zero.dtype)
-        return zero
+        return self.project(features).sum().to(zero.dtype) * 0
+
+    def _vision_parameters(self) -> list[nn.Parameter]:
+        return [*self.multi_modal_projector.parameters(), *self.vision_tower.parameters()]
+
+    def _has_sharded_vision_parts(self) -> bool:
+        """Whether ranks hold shares of projector and tower, so that all of them must run these modules together."""
+        parts = self._vision_parameters()
+        return any(hasattr(parameter, "ds_id") or hasattr(parameter, "placements") for parameter in parts)
 
 
 class LlavaForCausalLM(LlavaForConditionalGeneration):
@@ -302,6 +330,9 @@ class LlavaForCausalLM(LlavaForConditionalGeneration):
 
     Loads llava-hf checkpoints and our own; saves whatever plain `llava` can express as plain `llava`.
     """
+
+    if TYPE_CHECKING:  # transformers reads a class's own annotation of it, so at run time there is none
+        config: Any
 
     def __init__(self, config: NativeLlavaConfig):
         # Not the parent's own __init__, which would build and drop a whole model of the native class first.
@@ -311,7 +342,7 @@ class LlavaForCausalLM(LlavaForConditionalGeneration):
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any):
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         """Load a model; the config class follows the checkpoint's own model type."""
         if kwargs.get("config") is None:
             hub_words = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
