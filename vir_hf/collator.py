@@ -116,10 +116,11 @@ class LlavaDataCollator:
             found = [feature for feature in features if feature is not None]
             if len(found) == len(pictures):
                 return {"vision_features": torch.stack(found)}
+        preprocess: Any = self.preprocess  # set by __post_init__ where it was not given
         pixels: list[torch.Tensor] = []
         for index, picture in enumerate(pictures):
             try:
-                pixels.append(self.preprocess(picture.source))
+                pixels.append(preprocess(picture.source))
             except DataError as error:
                 users = [row for row in rows if index in row.images]
                 names = ", ".join(row.id for row in users)

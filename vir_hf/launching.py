@@ -78,7 +78,10 @@ def choose_config(recipe: Recipe, num_gpus: int, gpu_bytes: int) -> tuple[str, s
         if 16 * weights < 0.7 * gpu_bytes:
             return "multi_gpu", f"{weights / 1e9:.1f}B parameters with their optimizer fit on each GPU"
         if (2 + 14 / num_gpus) * weights < 0.7 * gpu_bytes:
-            return "zero2", f"{weights / 1e9:.1f}B parameters fit on each GPU, their gradients and optimizer are shared out"
+            return (
+                "zero2",
+                f"{weights / 1e9:.1f}B parameters fit on each GPU, their gradients and optimizer are shared out",
+            )
         return "zero3", f"{weights / 1e9:.1f}B parameters in full tuning are shared out over {num_gpus} GPUs"
     if 2 * weights < 0.6 * gpu_bytes:
         return "multi_gpu", f"{weights / 1e9:.1f}B frozen parameters fit on each GPU"
@@ -86,11 +89,14 @@ def choose_config(recipe: Recipe, num_gpus: int, gpu_bytes: int) -> tuple[str, s
 
 
 def _num_parameters(recipe: Recipe) -> int | None:
-    from vir_hf.memory import plan
+    """How many weights the recipe's model has; `None` where its config cannot be had."""
+    import torch
+
+    from vir_hf.shapes import describe
 
     try:
-        return int(sum(part.num_parameters for part in plan(recipe).parts))
-    except (AttributeError, RecipeError, OSError):
+        return describe(recipe, torch.bfloat16).count()
+    except RecipeError:
         return None
 
 
@@ -122,7 +128,9 @@ def compose(
     settings: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     num_processes = max(1, count)
     if count == 0 and settings.get("distributed_type") == "FSDP":
-        raise RecipeError("--config fsdp2: needs GPUs; on a CPU accelerate would run DDP in its place. Use --config cpu or zero2.")
+        raise RecipeError(
+            "--config fsdp2: needs GPUs; on a CPU accelerate would run DDP in its place. Use --config cpu or zero2."
+        )
     if count and num_processes != settings.get("num_processes") or name in ("cpu", "single_gpu"):
         settings["num_processes"] = num_processes
     elif count == 0:

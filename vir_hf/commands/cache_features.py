@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,8 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = training_arguments(recipe, precision)
     model, processor = load_model_and_processor(recipe, precision)
     cache = cache_for_training(recipe, model.model, processor, load_rows(recipe), arguments.device)
-    assert cache is not None
-    figures = {
+    if cache is None:  # training.feature_cache is set above, so there is one
+        raise RuntimeError("no cache was made")
+    figures: dict[str, Any] = {
         "folder": str(cache.folder),
         "num_pictures": len(cache),
         "bytes_per_picture": cache.bytes_per_image,

@@ -128,7 +128,7 @@ def segment_attention(
     dropout: float = 0.0,
     segment_layout: SegmentLayout | None = None,
     sliding_window: int | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Return attention over the segments of a packed row, or plain sdpa when the batch is not packed.
 
@@ -303,7 +303,7 @@ def _torch_varlen(
     if dropout:
         raise ValueError("torch's varlen attention has no dropout; set attention_dropout to 0 in the language model.")
     q, k, v, cumulative_queries, cumulative_keys = _flat_states(query, key, value, layout)
-    output = varlen_attn(
+    output: Any = varlen_attn(  # a tensor; a tuple only where its log-sum-exp is asked for
         q,
         k,
         v,
@@ -337,7 +337,7 @@ def _flex(
     prefixes = torch.tensor(layout.prefixes, device=device)[segments]
     positions = layout.position_ids(device)[0]
 
-    def sees(_batch, _head, q_index, k_index):
+    def sees(_batch: torch.Tensor, _head: torch.Tensor, q_index: torch.Tensor, k_index: torch.Tensor) -> torch.Tensor:
         same_row = (segments[q_index] == segments[k_index]) | (prefixes[q_index] == segments[k_index])
         seen = same_row & (positions[k_index] <= positions[q_index])
         if sliding_window is not None:
@@ -349,7 +349,7 @@ def _flex(
         ("block_mask", sliding_window, device),
         lambda: create_block_mask(sees, None, None, num_tokens, num_tokens, device=device),
     )
-    compiled: Callable[..., torch.Tensor] = torch.compile(flex_attention) if device.type == "cuda" else flex_attention
+    compiled: Any = torch.compile(flex_attention) if device.type == "cuda" else flex_attention
     output = compiled(
         query, key, value, block_mask=block_mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
     )
