@@ -9,13 +9,14 @@ SOURCES := vir_hf tests $(wildcard benchmarks) $(wildcard spaces)
 
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart test check lint types compile drills clean
+.PHONY: help quickstart test check lint types compile drills distributed clean
 
 help:
 	@echo "make quickstart   train a tiny model on drawn pictures, in minutes, without a GPU or a download"
 	@echo "make test         run the tests"
 	@echo "make check        lint, format, types, syntax on every Python at hand, tests"
 	@echo "make drills       the long fault drills"
+	@echo "make distributed  real launches on this CPU: DDP, ZeRO-2, ZeRO-3, FSDP2, two hosts; half an hour"
 	@echo "make clean        remove .venv and caches (outputs/ stays)"
 
 quickstart: $(VENV)/.installed
@@ -47,6 +48,11 @@ compile: $(VENV)/.installed-dev
 
 drills: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m drills $(PYTEST_ARGS)
+
+# DeepSpeed is no part of the ordinary tests; without it the ZeRO tests are skipped.
+distributed: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --quiet "deepspeed>=0.19,<1"
+	$(BIN)/python -m pytest tests/distributed -m distributed $(PYTEST_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
