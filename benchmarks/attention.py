@@ -45,7 +45,9 @@ def main() -> int:
         ]
         ways = {"dense mask": dense(layout, device)}
         for name in names:
-            ways[name] = lambda q, k, v, layout=layout, name=name: BACKENDS[name](q, k, v, layout, options.width**-0.5, 0.0, None)
+            ways[name] = lambda q, k, v, layout=layout, name=name: BACKENDS[name](
+                q, k, v, layout, options.width**-0.5, 0.0, None
+            )
         entry: dict[str, Any] = {"rows": num_rows, "tokens": layout.num_tokens}
         reference = None
         for name, way in list(ways.items()):

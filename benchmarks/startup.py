@@ -1,6 +1,6 @@
 """How long the command takes to answer, and a run to reach its first step.
 
-    python benchmarks/startup.py --repeats 5
+python benchmarks/startup.py --repeats 5
 """
 
 from __future__ import annotations
@@ -28,7 +28,11 @@ def main() -> int:
     parser.add_argument("--json", help="write the figures to a file, or - for standard output")
     options = parser.parse_args()
     commands = {name: [sys.executable, "-m", "vir_hf.cli", *words] for name, words in CASES.items()}
-    commands["import torch, transformers, trl"] = [sys.executable, "-c", "import torch, transformers; from trl import SFTTrainer"]
+    commands["import torch, transformers, trl"] = [
+        sys.executable,
+        "-c",
+        "import torch, transformers; from trl import SFTTrainer",
+    ]
     seconds: dict[str, list[float]] = {name: [] for name in commands}
     for _ in range(options.repeats + 1):
         for name, command in commands.items():

@@ -87,7 +87,9 @@ def prepare(options: argparse.Namespace, work: Path) -> None:
         groups = [rows[: options.rows_per_image] for rows in by_image.values() if len(rows) >= options.rows_per_image]
         rows = [row for group in groups for row in group][:num_rows]
         if len(rows) < num_rows:
-            raise SystemExit(f"{options.data} has {len(rows)} rows with {options.rows_per_image} to a picture, {num_rows} wanted")
+            raise SystemExit(
+                f"{options.data} has {len(rows)} rows with {options.rows_per_image} to a picture, {num_rows} wanted"
+            )
     else:
         words = "a the man dog red street table of on in is with image photo near large small people two".split()
         rows, folder = [], work / "images"
@@ -147,7 +149,13 @@ def make_model(options: argparse.Namespace, processor: Any) -> Any:
     """The same random weights on both sides, LoRA on the language model's linear layers, a full projector."""
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import BitsAndBytesConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+    from transformers import (
+        BitsAndBytesConfig,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+    )
 
     from vir_hf import LlavaForCausalLM
 
@@ -267,7 +275,9 @@ def encoded_collator(processor: Any) -> Any:
 
     from vir_hf import LlavaDataCollator, open_image
 
-    padded = LlavaDataCollator(processor, max_length=None, padding_free=False, share_prefixes=False, preprocess=torch.Tensor)
+    padded = LlavaDataCollator(
+        processor, max_length=None, padding_free=False, share_prefixes=False, preprocess=torch.Tensor
+    )
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
         images = [open_image(image) for row in rows for image in row["images"]]
@@ -321,7 +331,10 @@ def run_ours(options: argparse.Namespace, model: Any, processor: Any, rows: Any,
 
     class InOrder(StepSampler):
         def steps(self) -> list[list[int]]:
-            return [list(range(start, start + self.rows_per_step)) for start in range(0, len(self.sizes), self.rows_per_step)]
+            return [
+                list(range(start, start + self.rows_per_step))
+                for start in range(0, len(self.sizes), self.rows_per_step)
+            ]
 
     lookup = None
     if options.side == "vir_hf+cache":
@@ -373,7 +386,11 @@ def figures(
     tokens = sum(len(row["input_ids"]) for row in encoded[options.rows :])
     timed = sorted(seconds[1:])
     median = timed[len(timed) // 2]
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = (
+        torch.cuda.max_memory_allocated()
+        if torch.cuda.is_available()
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
     result = {
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "seconds_per_step": median,
@@ -388,7 +405,10 @@ def figures(
         every = sum(len(row["input_ids"]) for row in encoded)
         result["sharing_ratio"] = every / totals.computed_tokens
     else:
-        longest = [max(len(row["input_ids"]) for row in encoded[i : i + options.rows]) for i in range(0, len(encoded), options.rows)]
+        longest = [
+            max(len(row["input_ids"]) for row in encoded[i : i + options.rows])
+            for i in range(0, len(encoded), options.rows)
+        ]
         result["packing_efficiency"] = sum(len(row["input_ids"]) for row in encoded) / (sum(longest) * options.rows)
         result["sharing_ratio"] = 1.0
     useful = model_flops(model, encoded[options.rows :]) / len(timed)
@@ -428,7 +448,9 @@ def matmul_ceiling() -> float:
 
     has_cuda = torch.cuda.is_available()
     size, repeats = (8192, 20) if has_cuda else (1536, 4)
-    a = torch.randn(size, size, device="cuda" if has_cuda else "cpu", dtype=torch.bfloat16 if has_cuda else torch.float32)
+    a = torch.randn(
+        size, size, device="cuda" if has_cuda else "cpu", dtype=torch.bfloat16 if has_cuda else torch.float32
+    )
     a @ a
     if has_cuda:
         torch.cuda.synchronize()
@@ -448,7 +470,8 @@ def report(options: argparse.Namespace, results: dict[str, list[dict[str, Any]]]
     reference = next(iter(first.values()))["losses"]
     tolerance = 2e-2 if options.method == "qlora" or "cuda" in os.environ.get("VIR_HF_DEVICE", "") else 1e-3
     worst = max(
-        (abs(a - b) / abs(b) for result in first.values() for a, b in zip(result["losses"], reference, strict=True)), default=0.0
+        (abs(a - b) / abs(b) for result in first.values() for a, b in zip(result["losses"], reference, strict=True)),
+        default=0.0,
     )
     columns = (
         ("s/step", "seconds_per_step", "{:.2f}"),
@@ -459,7 +482,9 @@ def report(options: argparse.Namespace, results: dict[str, list[dict[str, Any]]]
         ("MFU", "model_flop_utilisation", "{:.2f}"),
         ("peak GiB", "peak_memory_gib", "{:.2f}"),
     )
-    print(f"\n{options.model} x{options.depth:g} depth, {options.method}, {options.rows} rows a step, {platform.machine()}")
+    print(
+        f"\n{options.model} x{options.depth:g} depth, {options.method}, {options.rows} rows a step, {platform.machine()}"
+    )
     print(f"largest relative difference of the losses: {worst:.1e}")
     print("| side | " + " | ".join(title for title, _, _ in columns) + " | speed-up |")
     print("|---" * (len(columns) + 2) + "|")
@@ -475,7 +500,10 @@ def report(options: argparse.Namespace, results: dict[str, list[dict[str, Any]]]
         else:
             Path(options.json).write_text(text + "\n", encoding="utf-8")
     if worst > tolerance:
-        print(f"the sides do not compute the same loss (more than {tolerance:.0e} apart): the timings mean nothing", file=sys.stderr)
+        print(
+            f"the sides do not compute the same loss (more than {tolerance:.0e} apart): the timings mean nothing",
+            file=sys.stderr,
+        )
         return 1
     return 0
 

@@ -19,9 +19,13 @@ HEADS, KV_HEADS, WIDTH = 4, 2, 8
 def reference(query, key, value, layout, window=None):
     """Every segment behind its prefix, one dense softmax each, written without any of the library's helpers."""
     rows = []
-    for index, (start, length, prefix) in enumerate(zip(layout.starts, layout.lengths, layout.prefixes, strict=True)):
+    for start, length, prefix in zip(layout.starts, layout.lengths, layout.prefixes, strict=True):
         tokens = list(range(start, start + length))
-        seen = tokens if prefix < 0 else list(range(layout.starts[prefix], layout.starts[prefix] + layout.lengths[prefix])) + tokens
+        seen = (
+            tokens
+            if prefix < 0
+            else list(range(layout.starts[prefix], layout.starts[prefix] + layout.lengths[prefix])) + tokens
+        )
         offset = len(seen) - len(tokens)
         k = key[:, :, seen].repeat_interleave(HEADS // KV_HEADS, dim=1)
         v = value[:, :, seen].repeat_interleave(HEADS // KV_HEADS, dim=1)
@@ -57,7 +61,13 @@ def test_segments_equal_a_dense_softmax_per_segment(name: str, window: int | Non
     layout = LAYOUTS[name]
     query, key, value = states(layout.num_tokens)
     output, weights = segment_attention(
-        nn.Module(), query, key, value, segment_mask_sentinel(query.device), segment_layout=layout, sliding_window=window
+        nn.Module(),
+        query,
+        key,
+        value,
+        segment_mask_sentinel(query.device),
+        segment_layout=layout,
+        sliding_window=window,
     )
     expected = reference(query, key, value, layout, window)
     assert weights is None

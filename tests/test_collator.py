@@ -20,7 +20,10 @@ def parts(tiny_parts: Path):
 
 
 def image_row(path: Path, name: str, question: str = "What?", answer: str = "It is.") -> dict:
-    turns = [("user", [{"type": "image"}, {"type": "text", "text": question}]), ("assistant", [{"type": "text", "text": answer}])]
+    turns = [
+        ("user", [{"type": "image"}, {"type": "text", "text": question}]),
+        ("assistant", [{"type": "text", "text": answer}]),
+    ]
     return {
         "id": name,
         "images": [{"path": str(path), "bytes": None}],

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 
-import tiny
 from vir_hf import build, load_llava_dataset
 from vir_hf.commands import doctor
 from vir_hf.exactness import compare_ways

@@ -7,9 +7,9 @@ import multiprocessing
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 
-import tiny
 from vir_hf import LlavaDataCollator, RecipeError, build, load_llava_dataset
 from vir_hf.features import FeatureCache, cache_identity, distinct_pictures, fill_cache
 from vir_hf.recipe import load_recipe
@@ -147,7 +147,9 @@ def test_training_with_the_cache_has_the_losses_of_training_without(tiny_parts: 
 def test_the_command_fills_the_cache(tiny_parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from vir_hf.commands.cache_features import main
 
-    overrides = tiny.training_overrides(tiny_parts, tmp_path / "out", **{"training.feature_cache": tmp_path / "features"})
+    overrides = tiny.training_overrides(
+        tiny_parts, tmp_path / "out", **{"training.feature_cache": tmp_path / "features"}
+    )
     assert main([*overrides, "--json", "-"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures["num_pictures"] == 6 and figures["bytes_per_picture"] == 4 * 32 * 4

@@ -87,7 +87,9 @@ def test_saved_model_opens_in_stock_transformers_with_equal_logits(pair, prompt,
         keys = set(file.keys())
     assert "language_model.lm_head.weight" in keys and "multi_modal_projector.linear_1.weight" in keys
     assert "vision_tower.vision_model.embeddings.patch_embedding.weight" in keys
-    assert all(key.startswith(("language_model.", "multi_modal_projector.", "vision_tower.vision_model.")) for key in keys)
+    assert all(
+        key.startswith(("language_model.", "multi_modal_projector.", "vision_tower.vision_model.")) for key in keys
+    )
     native, info = LlavaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     with torch.no_grad():
@@ -112,7 +114,9 @@ def test_llava_hf_checkpoint_loads_with_every_weight_in_place(pair, prompt, tmp_
 
 
 def test_other_projectors_are_saved_with_their_code(tiny_parts: Path, prompt, tmp_path: Path) -> None:
-    model, processor = build(str(tiny_parts / "lm"), str(tiny_parts / "tower"), "vicuna_v1", projector_type="mlp3x_gelu")
+    model, processor = build(
+        str(tiny_parts / "lm"), str(tiny_parts / "tower"), "vicuna_v1", projector_type="mlp3x_gelu"
+    )
     model.save_pretrained(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)
     assert config.model_type == "vir_llava" and config.projector_type == "mlp3x_gelu"
@@ -237,8 +241,12 @@ def mixed_rows(tiny_parts: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("options", [{"padding_free": False}, {"share_prefixes": False}, {}], ids=["padded", "free", "shared"])
-def test_a_batch_has_the_loss_and_gradients_of_its_rows_one_by_one(pair, tiny_parts: Path, options, checkpointing) -> None:
+@pytest.mark.parametrize(
+    "options", [{"padding_free": False}, {"share_prefixes": False}, {}], ids=["padded", "free", "shared"]
+)
+def test_a_batch_has_the_loss_and_gradients_of_its_rows_one_by_one(
+    pair, tiny_parts: Path, options, checkpointing
+) -> None:
     model, processor = pair
     rows = mixed_rows(tiny_parts)
     # Rows about one picture come apart in the file (0 and 6): sharing must find them.

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-
 import tiny
+
 from vir_hf import DataError, RecipeError
 from vir_hf.loading import choose_precision, load_model_and_processor
 from vir_hf.planning import global_batch_size, measure_rows, plan_steps
@@ -21,7 +21,9 @@ def measured(recipe, bad_rows=None):
     return *measure_rows(load_rows(recipe, bad_rows), processor, recipe, bad_rows), processor
 
 
-def test_sizes_are_those_of_the_encoded_rows_and_no_picture_is_opened(tiny_parts: Path, tmp_path: Path, monkeypatch) -> None:
+def test_sizes_are_those_of_the_encoded_rows_and_no_picture_is_opened(
+    tiny_parts: Path, tmp_path: Path, monkeypatch
+) -> None:
     from vir_hf import encode_row, images
 
     def refuse(*_args, **_kwargs):
@@ -75,14 +77,18 @@ def data_with_a_long_row(tiny_parts: Path, tmp_path: Path) -> Path:
     return path
 
 
-def test_a_row_that_cannot_be_encoded_stops_the_run_before_the_first_step(tiny_parts, tmp_path, data_with_a_long_row) -> None:
+def test_a_row_that_cannot_be_encoded_stops_the_run_before_the_first_step(
+    tiny_parts, tmp_path, data_with_a_long_row
+) -> None:
     changes = {"data.data_path": data_with_a_long_row}
     recipe = load_recipe(tiny.training_overrides(tiny_parts, tmp_path / "out", **changes))
     with pytest.raises(DataError, match=r"too-long"):
         train(recipe)
 
 
-def test_a_row_that_cannot_be_encoded_is_left_out_and_counted_when_asked(tiny_parts, tmp_path, data_with_a_long_row) -> None:
+def test_a_row_that_cannot_be_encoded_is_left_out_and_counted_when_asked(
+    tiny_parts, tmp_path, data_with_a_long_row
+) -> None:
     changes = {
         "data.data_path": data_with_a_long_row,
         "data.on_bad_row": "skip",

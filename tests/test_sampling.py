@@ -35,7 +35,9 @@ def test_every_layout_computes_the_same_rows_in_every_step(num_replicas, limits,
     rows = sizes(103)
     reference = StepSampler(rows, 16, micro_batch_rows=16, seed=7, group_by=group_by)
     ranks = [
-        StepSampler(rows, 16, num_replicas=num_replicas, rank=rank, seed=7, group_by=group_by, tokens_per_image=576, **limits)
+        StepSampler(
+            rows, 16, num_replicas=num_replicas, rank=rank, seed=7, group_by=group_by, tokens_per_image=576, **limits
+        )
         for rank in range(num_replicas)
     ]
     for sampler in (reference, *ranks):
@@ -73,7 +75,8 @@ def test_ranks_get_even_token_counts() -> None:
         ratios = []
         for step in sampler.steps():
             loads = [
-                sum(rows[row].num_tokens for batch in plan.micro_batches for row in batch) for plan in sampler.plan(step)
+                sum(rows[row].num_tokens for batch in plan.micro_batches for row in batch)
+                for plan in sampler.plan(step)
             ]
             ratios.append(max(loads) / (sum(loads) / len(loads)))
         return max(ratios)

@@ -56,7 +56,9 @@ def plain(name: str) -> str:
 
 
 @pytest.mark.parametrize("how", COMBINATIONS, ids="-".join)
-def test_gradients_are_exactly_on_the_chosen_parts(how: tuple[str, str, str], joined: Any, tiny_parts: Path, tmp_path: Path):
+def test_gradients_are_exactly_on_the_chosen_parts(
+    how: tuple[str, str, str], joined: Any, tiny_parts: Path, tmp_path: Path
+):
     model, _, batch = joined
     recipe = recipe_for(tiny_parts, tmp_path, **how_changes(*how))
     trained = make_trainable(copy.deepcopy(model), recipe).train()

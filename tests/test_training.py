@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
-import tiny
 from vir_hf import DataError, LlavaDataCollator, RecipeError, build
 from vir_hf.recipe import load_recipe
 from vir_hf.trainer import compact_supervised
@@ -145,7 +145,13 @@ def test_a_malformed_file_a_wrong_row_and_a_missing_image_exit_with_2(tiny_parts
         "no row": (json.dumps([{"id": "a-row", "text": "hello"}]), "a-row"),
         "missing image": (
             json.dumps(
-                [{"id": "r", "image": "none.jpg", "conversations": [{"from": "human", "value": "<image>\na"}, {"from": "gpt", "value": "b"}]}]
+                [
+                    {
+                        "id": "r",
+                        "image": "none.jpg",
+                        "conversations": [{"from": "human", "value": "<image>\na"}, {"from": "gpt", "value": "b"}],
+                    }
+                ]
             ),
             "none.jpg",
         ),
@@ -178,7 +184,10 @@ def test_loss_falls_on_real_photographs_and_rows(shared_data: Path, tmp_path: Pa
         **FULL,
     }
     recipe = load_recipe(
-        [f"{key}={value}" for key, value in {"experiment": "local_lite", "training.output_dir": tmp_path, **changes}.items()]
+        [
+            f"{key}={value}"
+            for key, value in {"experiment": "local_lite", "training.output_dir": tmp_path, **changes}.items()
+        ]
     )
     losses = losses_of(train(recipe))
     assert sum(losses[-5:]) / 5 < 0.8 * sum(losses[:3]) / 3

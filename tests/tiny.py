@@ -30,7 +30,10 @@ def save_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     lines = [f"What is it? It is a {colour} {shape}. USER: ASSISTANT:" for colour in COLOURS for shape in SHAPES]
     specials = ["<unk>", "<s>", "</s>", "<pad>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=400,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(lines, trainer)
     from tokenizers.decoders import ByteLevel

@@ -62,10 +62,14 @@ def compare_ways(
         "padding-free": [LlavaDataCollator(processor, max_length, share_prefixes=False)(rows)],
         "shared prefixes": [packed(rows)],
         "shared prefixes, supervised positions only": [compact_supervised(packed(rows))],
-        "the same in two micro-batches": [compact_supervised(packed(part)) for part in (rows[:half], rows[half:]) if part],
+        "the same in two micro-batches": [
+            compact_supervised(packed(part)) for part in (rows[:half], rows[half:]) if part
+        ],
     }
     comparisons = [
-        Comparison("one row at a time", reference[0], 0.0, 0.0, "", sum(len(alone([row])["input_ids"][0]) for row in rows))
+        Comparison(
+            "one row at a time", reference[0], 0.0, 0.0, "", sum(len(alone([row])["input_ids"][0]) for row in rows)
+        )
     ]
     for name, batches in ways.items():
         loss, gradients = _loss_and_gradients(model, batches)
@@ -94,9 +98,7 @@ def _loss_and_gradients(model: nn.Module, batches: Sequence[dict[str, Any]]) -> 
     return total / max(count, 1), gradients
 
 
-def _largest_difference(
-    gradients: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]
-) -> tuple[float, str]:
+def _largest_difference(gradients: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> tuple[float, str]:
     # A weight that only adds a constant to every score (a key's bias) has a gradient of rounding noise alone.
     floor = 1e-7 * max((float(value.norm()) for value in reference.values()), default=0.0)
     worst, where = 0.0, ""

@@ -158,7 +158,8 @@ class FeatureCache:
             RecipeError: the disk has less room than `num_images` more pictures take.
         """
         needed, free = num_images * self.bytes_per_image, shutil.disk_usage(self.folder).free
-        words = f"feature cache {self.folder}: {num_images} pictures x {self.bytes_per_image / 1e6:.2f} MB = {needed / 1e9:.2f} GB"
+        size = f"{num_images} pictures x {self.bytes_per_image / 1e6:.2f} MB = {needed / 1e9:.2f} GB"
+        words = f"feature cache {self.folder}: {size}"
         if needed > free:
             raise RecipeError(
                 f"{words}, but the disk has {free / 1e9:.2f} GB free. Set training.feature_cache to a folder on a larger disk, "
@@ -182,7 +183,9 @@ class FeatureCache:
             os.replace(temporary, path)
             return
         except ValueError as error:
-            raise RecipeError(f"{path}: not readable as JSON ({error}). Delete the folder to build the cache anew.") from error
+            raise RecipeError(
+                f"{path}: not readable as JSON ({error}). Delete the folder to build the cache anew."
+            ) from error
         differing = sorted(key for key in {*found, *self.identity} if found.get(key) != self.identity.get(key))
         if differing:
             raise RecipeError(

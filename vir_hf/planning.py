@@ -38,14 +38,18 @@ def plan_steps(
     return StepSampler(
         sizes,
         rows_per_step,
-        micro_batch_rows=None if budget else min(training.per_device_train_batch_size or 1, rows_per_step // world_size),
+        micro_batch_rows=None
+        if budget
+        else min(training.per_device_train_batch_size or 1, rows_per_step // world_size),
         max_tokens_per_batch=budget,
         num_replicas=world_size,
         rank=rank,
         seed=training.seed if training.data_seed is None else training.data_seed,
         group_by="image" if training.group_by_image else None,
         balance_tokens=training.balance_tokens,
-        tokens_per_image=processor.num_image_tokens if training.padding_free and training.share_prefixes is not False else 0,
+        tokens_per_image=processor.num_image_tokens
+        if training.padding_free and training.share_prefixes is not False
+        else 0,
         drop_last=bool(training.dataloader_drop_last),
     )
 

@@ -66,7 +66,10 @@ def split_into_steps(
     """Cut an epoch's order into the rows of each optimizer step; the last step may hold fewer."""
     if group_by != "modality":
         return [order[start : start + rows_per_step] for start in range(0, len(order), rows_per_step)]
-    runs = ([row for row in order if sizes[row].image_key is not None], [row for row in order if not sizes[row].num_images])
+    runs = (
+        [row for row in order if sizes[row].image_key is not None],
+        [row for row in order if not sizes[row].num_images],
+    )
     steps, rest = [], []
     for run in runs:
         full = len(run) // rows_per_step * rows_per_step
@@ -126,9 +129,7 @@ def deal(
     return bins
 
 
-def fill(
-    rows: Sequence[int], sizes: Sequence[RowSize], max_tokens: int, tokens_per_image: int = 0
-) -> list[list[int]]:
+def fill(rows: Sequence[int], sizes: Sequence[RowSize], max_tokens: int, tokens_per_image: int = 0) -> list[list[int]]:
     """Share rows out over as few bins as it takes for none to exceed `max_tokens` (a longer row has a bin of its own)."""
     bins: list[tuple[int, list[int]]] = []
     pieces: list[tuple[int, list[int]]] = []
