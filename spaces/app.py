@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -83,6 +84,7 @@ class Demo:
         options: dict[str, Any] = {"load_in_4bit": settings.load_in_4bit, "device": settings.device}
         self.tuned = Answerer.load(settings.model, adapter=settings.adapter, **options)
         self.base = Answerer.load(settings.base, **options) if settings.base else None
+        self.stops: dict[str, threading.Event] = {}  # by visitor: what ends the answer being made for them
         self.answer_all = self._answer_all
         if settings.zero_gpu:
             import spaces
@@ -116,6 +118,7 @@ class Demo:
         top_p: float,
         max_new_tokens: float,
         is_compared: bool,
+        request: gr.Request | None = None,
     ) -> Iterator[tuple[Any, Any, Any, Any]]:
         """Yield conversation, base's answer, what the model saw and the box, as the answers grow."""
         if not history or history[-1]["role"] != "user":
@@ -133,6 +136,10 @@ class Demo:
             views = [self.tuned.view(image) for image in question.images]
             with_base = bool(is_compared and self.base)
             began = time.monotonic()
+            # Gradio cancels the event, not the model; on ZeroGPU the answer is made in another process.
+            visitor = getattr(request, "session_hash", None)
+            if visitor and not self.settings.zero_gpu:
+                generation["stop"] = self.stops[visitor] = threading.Event()
             for tuned, base in self.answer_all(question, generation, with_base):
                 compared = [*history[start:], {"role": "assistant", "content": base}] if with_base else []
                 yield [*history, {"role": "assistant", "content": tuned}], compared, views, gr.skip()
@@ -144,6 +151,12 @@ class Demo:
                 logger.exception("an answer failed")
             gr.Warning(in_words(error), title="No answer")
             yield history[:start], gr.skip(), gr.skip(), self.ready_box(as_message(history[start:]))
+
+    def halt(self, request: gr.Request) -> None:
+        """End the answer that is being made for a visitor after its current token."""
+        stop = self.stops.pop(str(request.session_hash), None)
+        if stop is not None:
+            stop.set()
 
     def _answer_all(self, question: Question, generation: dict[str, Any], with_base: bool) -> Iterator[tuple[str, str]]:
         """Yield the tuned model's answer so far and the base model's, in turns."""
@@ -409,6 +422,9 @@ def build(settings: Settings) -> gr.Blocks:
         undo.click(demo.undo, [chat], [box, chat], cancels=answers, **quick)
         clear.click(lambda: ([], [], None, demo.ready_box()), None, outputs, cancels=answers, **quick)
         chat.clear(lambda: ([], None, demo.ready_box()), None, outputs[1:], cancels=answers, **quick)
+        for event in (box.stop, undo.click, clear.click, chat.clear):
+            event(demo.halt, None, None, **quick)
+        page.unload(demo.halt)
         compare.change(lambda is_on: gr.Chatbot(visible=is_on), [compare], [base_chat], **quick)
         camera.change(demo.attach, [box, camera], [box, camera], **quick)
         question, picture, answer = (

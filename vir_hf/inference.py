@@ -187,9 +187,11 @@ class Answerer:
         """
         return self.stream_prompt(self.encode(Question(question, images, system, history or ())), **generation)
 
-    def stream_prompt(self, prompt: Prompt, **generation: Any) -> Generator[str, None, None]:
-        """Yield the answer to an encoded question, as `stream` does."""
-        stop = threading.Event()
+    def stream_prompt(
+        self, prompt: Prompt, *, stop: threading.Event | None = None, **generation: Any
+    ) -> Generator[str, None, None]:
+        """Yield the answer to an encoded question, as `stream` does; setting `stop` ends it from another thread."""
+        stop = stop or threading.Event()
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         failure: list[BaseException] = []
 
