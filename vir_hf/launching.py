@@ -120,32 +120,33 @@ def compose(
     Raises:
         RecipeError: more GPUs asked for than there are, or a config that needs GPUs where there are none.
     """
+    if num_gpus == 0:
+        found_gpus = 0  # a machine's GPUs are left to others
     if num_gpus is not None and num_gpus > found_gpus:
         raise RecipeError(f"--num-gpus {num_gpus}: this machine has {found_gpus}. Leave it out to use all of them.")
     count = found_gpus if num_gpus is None else num_gpus
     name, reason = (config, "as asked for") if config else choose_config(recipe, count, gpu_bytes)
     path = find_config(name)
     settings: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-    num_processes = max(1, count)
+    if int(settings.get("num_machines") or 1) > 1:
+        raise RecipeError(
+            f"--config {name}: is for {settings['num_machines']} machines, and this starts processes on this one only. Run "
+            "accelerate launch on every machine; docs/clusters.md has the commands and a SLURM script."
+        )
     if count == 0 and settings.get("distributed_type") == "FSDP":
         raise RecipeError(
-            "--config fsdp2: needs GPUs; on a CPU accelerate would run DDP in its place. Use --config cpu or zero2."
+            f"--config {name}: needs GPUs; on a CPU accelerate would run DDP in its place. Use --config cpu or zero2."
         )
-    if count and num_processes != settings.get("num_processes") or name in ("cpu", "single_gpu"):
-        settings["num_processes"] = num_processes
-    elif count == 0:
-        settings["num_processes"] = num_processes
+    settings["num_processes"] = max(1, count)
     words = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path)]
     words += ["--num_processes", str(settings["num_processes"])]
-    if int(settings.get("num_machines") or 1) > 1:
-        words += ["--num_machines", str(settings["num_machines"])]
     words += ["-m", "vir_hf.train", *arguments]
     environment = {ASKED_VARIABLE: json.dumps(asdict(from_config(settings)))}
     if count == 0:
         # Not ACCELERATE_USE_CPU: it turns DeepSpeed into DDP without a word.
         words += [] if any(word.startswith("training.use_cpu=") for word in arguments) else ["training.use_cpu=true"]
     else:
-        environment["CUDA_VISIBLE_DEVICES"] = os.environ.get(
-            "CUDA_VISIBLE_DEVICES", ",".join(str(number) for number in range(count))
-        )
+        # Not accelerate's gpu_ids: the config files name them for their own number of GPUs.
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(str(number) for number in range(found_gpus))
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible.split(",")[:count])
     return Launch(words, environment, reason)

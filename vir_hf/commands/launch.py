@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="experiment=NAME and section.key=value")
     parser.add_argument("--config", help="a config of accelerate_configs (zero2, multi_gpu, ...) or a file")
-    parser.add_argument("--num-gpus", default="all", help="how many GPUs (default: all)")
+    parser.add_argument("--num-gpus", default="all", help="how many GPUs, or all (default); 0 trains on the CPU")
     parser.add_argument("--recipe", help="a recipe.yaml that a run has written")
     parser.add_argument("--recipes-dir", help="a folder of your own recipes")
     parser.add_argument(
@@ -51,7 +53,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{launch.reason}\n{launch}", flush=True)
     if options.dry_run:
         return 0
-    return subprocess.run(launch.words, env={**os.environ, **launch.environment}, check=False).returncode
+    process = subprocess.Popen(launch.words, env={**os.environ, **launch.environment})
+    with _passed_on(process):
+        return process.wait()
+
+
+@contextlib.contextmanager
+def _passed_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """SIGTERM to this command goes to the launch; Ctrl-C reaches both through the terminal, and the launch decides."""
+
+    def pass_on(number: int, frame: object) -> None:
+        process.send_signal(number)
+
+    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, pass_on)}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda number, frame: None)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def gpus() -> tuple[int, int]:
