@@ -278,6 +278,17 @@ def test_a_language_model_without_a_tokenizer_is_refused(tiny_parts: Path, tmp_p
         load(tiny_parts, tmp_path, **{"model.language_model": bare})
 
 
+def test_a_whole_model_without_a_tokenizer_is_refused(whole: Path, tiny_parts: Path, tmp_path: Path):
+    shutil.copytree(whole, tmp_path / "bare")
+    (tmp_path / "bare" / "tokenizer.json").unlink()
+    names: dict[str, object] = {**WHOLE, "model.name_or_path": tmp_path / "bare"}
+    with pytest.raises(RecipeError, match=r"model.name_or_path=.*bare: no tokenizer and image processor"):
+        load(tiny_parts, tmp_path, **names)
+    names |= {"model.name_or_path": whole, "model.tokenizer": tiny_parts / "lm"}
+    with pytest.raises(RecipeError, match="model.tokenizer: is set, but a whole model"):
+        load(tiny_parts, tmp_path, **names)
+
+
 # --- stages
 
 

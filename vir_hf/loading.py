@@ -264,6 +264,10 @@ def load_model_and_processor(
             "model.pretrained_projector: is set, but model.adapter brings the projector it was trained with. Set one of the two "
             "to null."
         )
+    if wanted.tokenizer and wanted.name_or_path:
+        raise RecipeError(
+            "model.tokenizer: is set, but a whole model (model.name_or_path) brings its own. Set model.tokenizer=null."
+        )
     source = source or _base_to_continue(recipe)
     if source is not None:
         loading.pop("revision", None)
@@ -435,9 +439,14 @@ def load_processor(
     """Return the processor saved beside a model; `template` replaces the one it was saved with."""
     from vir_hf.templates import chat_template_for
 
-    processor = _load_part(
-        LlavaProcessor, os.fspath(name), "model.name_or_path", **({"revision": revision} if revision else {})
-    )
+    try:
+        processor = LlavaProcessor.from_pretrained(os.fspath(name), **({"revision": revision} if revision else {}))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RecipeError(
+            f"model.name_or_path={name}: no tokenizer and image processor could be loaded from it. A model works only "
+            "with its own: put tokenizer.json, tokenizer_config.json and processor_config.json beside its weights, as "
+            f"processor.save_pretrained writes them. ({_first_line(error)})"
+        ) from error
     if template is not None and template != processor.template:
         processor.template = template
         processor.chat_template = chat_template_for(template, processor.tokenizer)
