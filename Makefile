@@ -9,12 +9,13 @@ SOURCES := vir_hf tests $(wildcard benchmarks) $(wildcard spaces)
 
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart test check lint types compile drills distributed clean
+.PHONY: help quickstart test check lint types compile browser drills distributed clean
 
 help:
 	@echo "make quickstart   train a tiny model on drawn pictures, in minutes, without a GPU or a download"
 	@echo "make test         run the tests"
 	@echo "make check        lint, format, types, syntax on every Python at hand, tests"
+	@echo "make browser      every control of the demo in a headless Chromium"
 	@echo "make drills       the long fault drills"
 	@echo "make distributed  real launches on this CPU: DDP, ZeRO-2, ZeRO-3, FSDP2, two hosts; half an hour"
 	@echo "make clean        remove .venv and caches (outputs/ stays)"
@@ -45,6 +46,10 @@ compile: $(VENV)/.installed-dev
 	  done; \
 	  test -n "$$found" || echo "Python $$version: not at hand, syntax not checked"; \
 	done
+
+# Needs a Chromium on PATH (Debian: apt-get install chromium).
+browser: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m browser tests/test_space.py $(PYTEST_ARGS)
 
 drills: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m drills $(PYTEST_ARGS)

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
+import shutil
+import socket
+import subprocess
+import sys
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -294,3 +301,46 @@ def test_a_model_without_a_tower_is_refused() -> None:
 
     with pytest.raises(RecipeError, match="no vision_tower"):
         _tower_name(torch.nn.Linear(1, 1))
+
+
+@pytest.mark.slow
+def test_transformers_serve_answers_the_same_over_the_openai_protocol(
+    tiny_run: Path, answerer: Answerer, images: list[str]
+) -> None:
+    for module in ("fastapi", "uvicorn", "openai"):
+        pytest.importorskip(module)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = shutil.which("transformers", path=str(Path(sys.executable).parent))
+    assert program is not None
+    command = [program, "serve", str(tiny_run), "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        data = "data:image/png;base64," + base64.b64encode(Path(images[5]).read_bytes()).decode()
+        asked = [{"type": "image_url", "image_url": {"url": data}}, {"type": "text", "text": QUESTION}]
+        body = {
+            "model": str(tiny_run),
+            "max_tokens": 20,
+            "temperature": 0,
+            "messages": [{"role": "user", "content": asked}],
+        }
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/v1/chat/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                reply = json.load(urllib.request.urlopen(request, timeout=60))
+                break
+            except urllib.error.URLError:
+                assert server.poll() is None and time.monotonic() < deadline
+                time.sleep(0.5)
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
+    assert reply["choices"][0]["message"]["content"].strip() == answerer.answer(
+        images[5:6], QUESTION, max_new_tokens=20
+    )
