@@ -102,8 +102,8 @@ def ask_about(scene: Scene) -> list[Question]:
 def write_pictures(folder: Path, *, num_pictures: int, num_questions: int, seed: int) -> list[Scene]:
     """Return the training scenes, in file order, after writing all pictures and their LLaVA rows under `folder`.
 
-    `images/` holds the pictures, `pretrain.json` a caption for each, `finetune.json` a conversation for each, and
-    `heldout.json` one question a row about pictures whose scenes no training picture shows.
+    `images/` holds the pictures, `pretrain.json` a caption for each, `finetune.json` a conversation and a description for
+    each, and `heldout.json` one question a row about pictures whose scenes no training picture shows.
 
     Args:
         num_questions: held-out questions of each kind, a multiple of 72, so that all answers can come equally often.
@@ -120,9 +120,12 @@ def write_pictures(folder: Path, *, num_pictures: int, num_questions: int, seed:
     captions, conversations, tests = [], [], []
     for number, scene in enumerate(scenes):
         image = _save(draw_scene(scene, rng), folder, f"train_{number:05d}.png")
-        caption = [Question("caption", "", describe_scene(scene))]
-        captions.append(_to_llava_row(f"caption-{number:05d}", image, caption))
+        caption, request = describe_scene(scene), "Describe the picture."
+        captions.append(_to_llava_row(f"caption-{number:05d}", image, [Question("caption", "", caption)]))
+        # Rows of their own: in a conversation a description would give all other answers away. Questions alone teach to tell
+        # which colour goes with which shape three times slower: a description has to, word by word.
         conversations.append(_to_llava_row(f"talk-{number:05d}", image, converse(scene, rng)))
+        conversations.append(_to_llava_row(f"describe-{number:05d}", image, [Question("caption", request, caption)]))
     for number, (scene, questions) in enumerate(heldout.items()):
         image = _save(draw_scene(scene, rng), folder, f"heldout_{number:05d}.png")
         for question in questions:

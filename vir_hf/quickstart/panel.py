@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
-EDGE = 256
+EDGE = 320
 MARGIN = 24
 TEXT_HEIGHT = 62
 COLUMNS = 3
@@ -28,7 +28,7 @@ def draw_panel(samples: list[Sample]) -> Image.Image:
     num_rows = -(-len(samples) // COLUMNS)
     width = MARGIN + COLUMNS * (EDGE + MARGIN)
     panel = Image.new("RGB", (width, MARGIN + num_rows * (EDGE + TEXT_HEIGHT + MARGIN)), (255, 255, 255))
-    pen, font = ImageDraw.Draw(panel), ImageFont.load_default(size=16)
+    pen, font = ImageDraw.Draw(panel), ImageFont.load_default(size=15)
     for number, sample in enumerate(samples):
         row, column = divmod(number, COLUMNS)
         left, top = MARGIN + column * (EDGE + MARGIN), MARGIN + row * (EDGE + TEXT_HEIGHT + MARGIN)
@@ -41,7 +41,9 @@ def draw_panel(samples: list[Sample]) -> Image.Image:
 
 
 def _fitted(pen: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """Return the text, broken into two lines or shortened so that it does not run into its neighbour."""
-    while text and pen.textlength(text, font) > EDGE:
-        text = text[:-2].rstrip() + "…" if not text.endswith("…") else text[:-3].rstrip() + "…"
-    return text
+    """Return the text, shortened so that it does not run into its neighbour."""
+    shown = text
+    while pen.textlength(shown, font) > EDGE:
+        text = text[:-1]
+        shown = text.rstrip() + "…"
+    return shown

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import random
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -90,7 +91,9 @@ def run_quickstart(recipe: Recipe, size: Size | None = None) -> dict[str, Any]:
     with timer.measure("finetune", "4/5 stage 2: projector and language model learn to answer"):
         metrics = train(finetune_recipe(recipe, data, parts))
     with timer.measure("evaluation", f"5/5 answering {len(rows['heldout'])} questions about pictures never trained on"):
-        scores, samples = evaluate(Answerer.load(str(output_dir)), rows["heldout"], rows["finetune"], data / "images")
+        scores, samples = evaluate(
+            Answerer.load(str(output_dir)), rows["heldout"], rows["finetune"], data / "images", seed=seed
+        )
         draw_panel(samples).save(output_dir / "samples.png")
     metrics |= scores | {
         "tower_loss": tower_loss,
@@ -98,6 +101,7 @@ def run_quickstart(recipe: Recipe, size: Size | None = None) -> dict[str, Any]:
         "seconds_by_part": timer.seconds,
         "quickstart_seconds": round(sum(timer.seconds.values()), 1),
         "samples": str(output_dir / "samples.png"),
+        "example_image": str(data / "images" / rows["heldout"][-1]["image"]),
     }
     write_json(output_dir / "metrics.json", metrics)
     print(summary(metrics), flush=True)
@@ -131,9 +135,9 @@ def finetune_recipe(recipe: Recipe, data: Path, parts: Path) -> Recipe:
 
 
 def evaluate(
-    answerer: Answerer, heldout: list[dict[str, Any]], training: list[dict[str, Any]], images: Path
+    answerer: Answerer, heldout: list[dict[str, Any]], training: list[dict[str, Any]], images: Path, *, seed: int
 ) -> tuple[dict[str, Any], list[Sample]]:
-    """Return the scores over the held-out rows, and the samples to show: one row of each kind, then more."""
+    """Return the scores over the held-out rows, and the samples to show."""
     asked = [next(questions_of(row)) for row in heldout]
     kinds = [str(row["id"]).rsplit("-", 1)[-1] for row in heldout]
     paths = [str(images / row["image"]) for row in heldout]
@@ -152,7 +156,7 @@ def evaluate(
         "num_heldout_questions": len(asked),
         "num_heldout_pictures": len(set(paths)),
     }
-    shown = choose_samples(paths, kinds)
+    shown = choose_samples(paths, kinds, seed)
     return scores, [Sample(Image.open(paths[i]).convert("RGB"), *asked[i], seen[i]) for i in shown]
 
 
@@ -171,15 +175,15 @@ def commonest_answers(rows: list[dict[str, Any]]) -> dict[str, str]:
     return {question: counts.most_common(1)[0][0] for question, counts in answers.items()}
 
 
-def choose_samples(paths: list[str], kinds: list[str]) -> list[int]:
-    """Return row numbers for the panel: every kind in turn, each on a picture of its own. No answer is looked at."""
+def choose_samples(paths: list[str], kinds: list[str], seed: int) -> list[int]:
+    """Return row numbers for the panel: every kind in turn, each on a picture of its own, drawn without a look at answers."""
+    order = list(range(len(paths)))
+    random.Random(seed).shuffle(order)
     chosen: list[int] = []
-    while len(chosen) < min(NUM_SAMPLES, len(set(paths))):
-        kind = KINDS[len(chosen) % len(KINDS)]
+    for number in range(NUM_SAMPLES):
         shown = {paths[i] for i in chosen}
-        fresh = [i for i, path in enumerate(paths) if path not in shown]
-        # From the end of the file, where pictures hold more objects.
-        chosen.append(next((i for i in reversed(fresh) if kinds[i] == kind), fresh[-1]))
+        kind = KINDS[number % len(KINDS)]
+        chosen += [i for i in order if kinds[i] == kind and paths[i] not in shown][:1]
     return chosen
 
 
