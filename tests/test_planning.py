@@ -9,16 +9,17 @@ import pytest
 import tiny
 
 from vir_hf import DataError, RecipeError
+from vir_hf.data import load_recipe_rows
 from vir_hf.loading import choose_precision, load_model_and_processor
 from vir_hf.planning import global_batch_size, measure_rows, plan_steps
 from vir_hf.recipe import load_recipe
-from vir_hf.training import load_rows, train
+from vir_hf.training import train
 
 
 def measured(recipe, bad_rows=None):
     _, processor = load_model_and_processor(recipe, choose_precision())
     bad_rows = [] if bad_rows is None else bad_rows
-    return *measure_rows(load_rows(recipe, bad_rows), processor, recipe, bad_rows), processor
+    return *measure_rows(load_recipe_rows(recipe, bad_rows), processor, recipe, bad_rows), processor
 
 
 def test_sizes_are_those_of_the_encoded_rows_and_no_picture_is_opened(

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
 from vir_hf import DataError, LlavaDataCollator, RecipeError, build
+from vir_hf.data import load_recipe_rows
 from vir_hf.recipe import load_recipe
 from vir_hf.trainer import compact_supervised
 from vir_hf.training import train
@@ -35,14 +36,13 @@ def test_the_first_loss_is_the_hand_computed_one(tiny_parts: Path, tmp_path: Pat
     recipe = load_recipe(overrides)
     metrics = train(recipe)
     from vir_hf.loading import choose_precision, load_model_and_processor
-    from vir_hf.training import load_rows
 
     torch.manual_seed(4)
     import transformers
 
     transformers.set_seed(4)
     model, processor = load_model_and_processor(recipe, choose_precision("float32"))
-    batch = LlavaDataCollator(processor, padding_free=False)(list(load_rows(recipe)))
+    batch = LlavaDataCollator(processor, padding_free=False)(list(load_recipe_rows(recipe)))
     labels = batch.pop("labels")[:, 1:]
     with torch.no_grad():
         logits = model.eval()(**batch).logits[:, :-1]

@@ -115,6 +115,15 @@ def load_recipe_rows(recipe: Any, bad_rows: list[BadRow] | None = None) -> Any:
     return load_llava_dataset(data.data_path, data.image_folder, **options)
 
 
+def share_of_stream(stream: datasets.IterableDataset, rank: int, world_size: int) -> datasets.IterableDataset:
+    """Return the part of a stream that one of several processes reads; whole shards where they divide evenly."""
+    if world_size == 1:
+        return stream
+    from datasets.distributed import split_dataset_by_node
+
+    return split_dataset_by_node(stream, rank=rank, world_size=world_size)
+
+
 def load_sources(
     sources: Sequence[Mapping[str, Any]],
     *,

@@ -174,8 +174,11 @@ def _try_backward(trainer: LlavaTrainer) -> None:
     """One row through encoding, forward and backward."""
     sizes = trainer.step_sampler.sizes
     # The shortest with a picture, so that trying takes no more memory than training.
-    number = min(range(len(sizes)), key=lambda row: (not sizes[row].num_images, sizes[row].num_tokens))
-    row = trainer.train_dataset[number]
+    if sizes:
+        number = min(range(len(sizes)), key=lambda row: (not sizes[row].num_images, sizes[row].num_tokens))
+        row = trainer.train_dataset[number]
+    else:  # of a stream, the first
+        row = next(iter(trainer.train_dataset))
     batch = trainer.data_collator([row])
     was_training = trainer.model.training
     inputs = {

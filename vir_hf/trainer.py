@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import DistributedType
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
 from trl import SFTConfig, SFTTrainer
@@ -31,6 +32,7 @@ from vir_hf.loading import rounded_to
 from vir_hf.safeguards import MemoryGuard, NumberGuard, can_be_halved, is_finite, is_out_of_memory
 from vir_hf.sampling import StepLoader, StepSampler
 from vir_hf.signals import WorkerSignals, any_rank
+from vir_hf.streaming import StreamPlan, stream_loader
 from vir_hf.watch import RankWatch
 
 if TYPE_CHECKING:
@@ -101,7 +103,7 @@ class LlavaTrainer(SFTTrainer):
     def __init__(
         self,
         *args: Any,
-        step_sampler: StepSampler,
+        step_sampler: StepSampler | StreamPlan,
         parameter_groups: Callable[[nn.Module], list[dict[str, Any]]] | None = None,
         supervised_positions_only: bool = True,
         recipe: Recipe | None = None,
@@ -115,6 +117,7 @@ class LlavaTrainer(SFTTrainer):
         self._start_time = time.perf_counter()
         self.supervised_positions_only = supervised_positions_only
         self._parameter_groups = parameter_groups
+        self.optimizer: Any
         self._step: tuple[list[dict[str, Any]], list[torch.Tensor], torch.Tensor]
         self._since_log, self.totals = StepStatistics(), StepStatistics()
         self._log_time = time.perf_counter()
@@ -172,19 +175,19 @@ class LlavaTrainer(SFTTrainer):
         finally:
             self.watch.stop()
 
-    def get_train_dataloader(self) -> StepLoader:
+    def get_train_dataloader(self) -> DataLoader[Any]:
         """One item a step; never sharded by accelerate, since the sampler already plans for this rank."""
         workers = self.args.dataloader_num_workers
-        return StepLoader(
-            self.train_dataset,
-            self.step_sampler,
-            self.data_collator,
-            num_workers=workers,
-            pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
-            persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
-            prefetch_factor=(self.args.dataloader_prefetch_factor or 2) if workers else None,
-            worker_init_fn=WorkerSignals(),
-        )
+        options: dict[str, Any] = {
+            "num_workers": workers,
+            "pin_memory": self.args.dataloader_pin_memory and torch.cuda.is_available(),
+            "persistent_workers": self.args.dataloader_persistent_workers and workers > 0,
+            "prefetch_factor": (self.args.dataloader_prefetch_factor or 2) if workers else None,
+            "worker_init_fn": WorkerSignals(),
+        }
+        if isinstance(self.step_sampler, StreamPlan):
+            return stream_loader(self.train_dataset, self.step_sampler, self.data_collator, **options)
+        return StepLoader(self.train_dataset, self.step_sampler, self.data_collator, **options)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -520,6 +523,10 @@ class LlavaTrainer(SFTTrainer):
         state = torch.load(path, map_location="cpu", weights_only=True)
         self._set_counters(state["counters"])
         resume.set_random_states(state["random"])
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        with resume.reading_no_code():
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -19,7 +19,7 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 from vir_hf import consolidated, engine_check, preflight, resume
 from vir_hf.audit import AUDIT_FILE, audit_as_dict, audit_model, print_audit
 from vir_hf.collator import LlavaDataCollator
-from vir_hf.data import load_llava_dataset, load_sources
+from vir_hf.data import load_llava_dataset, load_recipe_rows, share_of_stream
 from vir_hf.errors import RecipeError
 from vir_hf.features import cache_for_training
 from vir_hf.llava.processing_llava import LlavaProcessor
@@ -28,6 +28,8 @@ from vir_hf.merging import merged_base
 from vir_hf.planning import measure_rows, plan_steps
 from vir_hf.progress import StepLines
 from vir_hf.signals import RunStopped, StopOnSignal
+from vir_hf.sampling import StepSampler
+from vir_hf.streaming import StreamPlan, plan_stream
 from vir_hf.trainable import make_trainable, parameter_groups
 from vir_hf.trainer import LlavaTrainer, make_sft_config
 
@@ -83,8 +85,7 @@ def _train(recipe: Recipe, signals: StopOnSignal, callbacks: Sequence[TrainerCal
         recipe, precision, merged_base(recipe, resume.together, is_main_process=is_main)
     )
     bad_rows: list[BadRow] = []
-    rows, sizes = measure_rows(load_rows(recipe, bad_rows), processor, recipe, bad_rows)
-    sampler = plan_steps(recipe, sizes, processor, arguments.world_size, arguments.process_index)
+    rows, sampler = rows_and_plan(recipe, processor, bad_rows, arguments.world_size, arguments.process_index)
     resume.together(lambda: keep_base(model, processor, recipe, is_main_process=is_main))
     collator = make_collator(recipe, processor)
     collator.feature_lookup = cache_for_training(recipe, model.model, processor, rows, arguments.device)
@@ -147,29 +148,15 @@ def report_audit(model: Any, recipe: Recipe, precision: str) -> None:
     write_json(Path(recipe.training.output_dir) / AUDIT_FILE, audit_as_dict(lines, precision))
 
 
-def load_rows(recipe: Recipe, bad_rows: list[BadRow] | None = None) -> Dataset:
-    """Return the training rows, pictures as references; bad rows raise or are left out (into `bad_rows`) as the recipe says."""
-    data = recipe.data
-    options: dict[str, Any] = {
-        "decode_images": False,
-        "max_rows": data.max_rows,
-        "allow_urls": data.allow_urls,
-        "on_bad_row": data.on_bad_row,
-        "on_bad_image": data.on_bad_image,
-        "max_bad_fraction": data.max_bad_fraction,
-        "bad_rows": bad_rows,
-    }
-    if data.sources:
-        sources = [
-            {name: value for name, value in dataclasses.asdict(source).items() if value is not None}
-            for source in data.sources
-        ]
-        return load_sources(sources, seed=recipe.training.seed, **options)
-    if data.data_path is None:
-        raise RecipeError(
-            "data.data_path: not set; name a LLaVA JSON file: data.data_path=rows.json data.image_folder=images"
-        )
-    return load_llava_dataset(data.data_path, data.image_folder, **options)
+def rows_and_plan(
+    recipe: Recipe, processor: LlavaProcessor, bad_rows: list[BadRow], world_size: int, rank: int
+) -> tuple[Any, StepSampler | StreamPlan]:
+    """Return the training rows, pictures as references, and this rank's plan of the steps over them."""
+    rows = load_recipe_rows(recipe, bad_rows)
+    if recipe.data.streaming:
+        return share_of_stream(rows, rank, world_size), plan_stream(recipe, world_size, rank)
+    rows, sizes = measure_rows(rows, processor, recipe, bad_rows)
+    return rows, plan_steps(recipe, sizes, processor, world_size, rank)
 
 
 def load_eval_rows(recipe: Recipe) -> Dataset | None:

@@ -27,14 +27,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not recipe.training.feature_cache:
         recipe.training.feature_cache = True
 
+    from vir_hf.data import load_recipe_rows
     from vir_hf.features import cache_for_training
     from vir_hf.loading import choose_precision, load_model_and_processor
-    from vir_hf.training import load_rows, training_arguments
+    from vir_hf.training import training_arguments
 
     precision = choose_precision(recipe.model.dtype, use_cpu=bool(recipe.training.use_cpu))
     arguments = training_arguments(recipe, precision)
     model, processor = load_model_and_processor(recipe, precision)
-    cache = cache_for_training(recipe, model.model, processor, load_rows(recipe), arguments.device)
+    cache = cache_for_training(recipe, model.model, processor, load_recipe_rows(recipe), arguments.device)
     if cache is None:  # training.feature_cache is set above, so there is one
         raise RuntimeError("no cache was made")
     figures: dict[str, Any] = {

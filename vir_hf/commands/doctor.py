@@ -83,15 +83,15 @@ def prove(recipe: Any, num_rows: int) -> list[dict[str, Any]]:
     """Return how far each way to make batches is from rows one at a time, on the recipe's own parts."""
     import torch
 
+    from vir_hf.data import load_recipe_rows
     from vir_hf.exactness import compare_ways
     from vir_hf.loading import Precision, load_model_and_processor
     from vir_hf.trainable import make_trainable
-    from vir_hf.training import load_rows
 
     recipe.quantization.arguments.clear()  # 4-bit weights compute in 16 bit, too coarse for a proof
     torch.manual_seed(0)
     model, processor = load_model_and_processor(recipe, Precision(torch.float32, None, "a proof is in fp32"))
-    rows = load_rows(recipe)
+    rows = load_recipe_rows(recipe)
     trained = make_trainable(model, recipe)
     if torch.cuda.is_available() and not recipe.training.use_cpu:
         trained = trained.to("cuda")

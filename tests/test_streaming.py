@@ -1,0 +1,75 @@
+"""Training from a stream: whole steps, every row, resumable."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+import tiny
+from vir_hf import RecipeError
+from vir_hf.data import load_recipe_rows, share_of_stream
+from vir_hf.loading import choose_precision, load_model_and_processor
+from vir_hf.recipe import load_recipe
+from vir_hf.streaming import StepStream, plan_stream
+from vir_hf.training import train
+
+STREAMED = {"data.streaming": "true", "training.max_steps": 4}
+
+
+def stream_of(recipe, world_size: int = 1, rank: int = 0) -> StepStream:
+    _, processor = load_model_and_processor(recipe, choose_precision())
+    rows = share_of_stream(load_recipe_rows(recipe), rank, world_size)
+    return StepStream(rows, plan_stream(recipe, world_size, rank), processor, recipe.training.max_length)
+
+
+def test_a_stream_gives_every_row_once_before_any_twice(tiny_parts: Path, tmp_path: Path) -> None:
+    stream = stream_of(load_recipe(tiny.training_overrides(tiny_parts, tmp_path, **STREAMED)))
+    steps = list(islice(stream, 6))  # 12 rows, 4 a step: two passes
+    assert all(sum(len(batch) for batch in step) == 4 and len(step) == 2 for step in steps)
+    passes = [[row["id"] for step in part for batch in step for row in batch] for part in (steps[:3], steps[3:])]
+    assert sorted(passes[0]) == sorted(passes[1]) == sorted(f"row-{n}" for n in range(12))
+    assert passes[0] != passes[1]
+
+
+def test_two_ranks_read_different_rows(tiny_parts: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(tiny.training_overrides(tiny_parts, tmp_path, **STREAMED))
+    seen = [
+        [row["id"] for step in islice(stream_of(recipe, 2, rank), 3) for batch in step for row in batch] for rank in (0, 1)
+    ]
+    assert len(seen[0]) == len(seen[1]) == 6 and not set(seen[0]) & set(seen[1])
+
+
+def test_a_streamed_run_trains_and_resumes_to_the_same_losses(tiny_parts: Path, tmp_path: Path) -> None:
+    whole = train(load_recipe(tiny.training_overrides(tiny_parts, tmp_path / "whole", **STREAMED)))
+    assert whole["num_steps"] == 4 and whole["num_rows"] == 16
+    changes = {**STREAMED, "training.save_strategy": "steps", "training.save_steps": 2, "training.resume": "auto"}
+    overrides = tiny.training_overrides(tiny_parts, tmp_path / "resumed", **changes)
+    train(load_recipe(overrides))
+    import shutil
+
+    for left in ("metrics.json", "checkpoint-4"):
+        path = tmp_path / "resumed" / left
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    resumed = train(load_recipe(overrides))
+    assert [entry["loss"] for entry in resumed["loss_history"]] == [entry["loss"] for entry in whole["loss_history"]]
+
+
+BUDGET = {"training.max_tokens_per_batch": 300, "training.per_device_train_batch_size": "null"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"training.max_steps": -1}, "training.max_steps is not set"), (BUDGET, "training.max_tokens_per_batch")],
+)
+def test_what_a_stream_cannot_do_is_said(tiny_parts: Path, tmp_path: Path, changes, message) -> None:
+    recipe = load_recipe(tiny.training_overrides(tiny_parts, tmp_path, **{**STREAMED, **changes}))
+    with pytest.raises(RecipeError, match=message):
+        plan_stream(recipe, 2, 0)
+
+
+def test_a_token_budget_cuts_the_steps_of_one_process(tiny_parts: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(tiny.training_overrides(tiny_parts, tmp_path, **STREAMED, **BUDGET))
+    for step in islice(stream_of(recipe), 3):
+        assert sum(len(batch) for batch in step) == 4
