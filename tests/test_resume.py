@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -299,6 +300,66 @@ def test_checkpoints_hold_no_pickles_and_no_token(
         assert path.suffix not in (".bin", ".pkl", ".pickle", ".pth"), path
         if path.suffix == ".pt":
             torch.load(path, weights_only=True)
+
+
+class RunsCode:
+    """What a hostile pickle holds."""
+
+    def __reduce__(self) -> Any:
+        return (os.mkdir, ("code-was-run",))
+
+
+def test_a_pickle_that_runs_code_is_not_read(
+    runs: Any, tiny_parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    output_dir = interrupted(runs("full"), tmp_path / "run", 2)
+    folder = output_dir / "checkpoint-2"
+    for name in ("optimizer.pt", "rank_0.pt"):
+        whole = (folder / name).read_bytes()
+        torch.save(RunsCode(), folder / name)
+        # Whoever puts it there can also write the manifest.
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["files"][name] = {"bytes": (folder / name).stat().st_size, "sha256": checkpoints.sha256(folder / name)}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(pickle.UnpicklingError, match="[Ww]eights.only"):
+            train(recipe_for(tiny_parts, output_dir, "full", "training.resume=auto"))
+        (folder / name).write_bytes(whole)
+        manifest["files"][name] = {"bytes": len(whole), "sha256": checkpoints.sha256(folder / name)}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    with resume.reading_no_code():  # as DeepSpeed reads its own
+        torch.save(RunsCode(), tmp_path / "engine.pt")
+        with pytest.raises(pickle.UnpicklingError):
+            torch.load(tmp_path / "engine.pt", weights_only=False)
+    assert not (tmp_path / "code-was-run").exists()
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["experiment=quickstart", "--resume"], "auto"),
+        (["--resume", "experiment=quickstart"], "auto"),
+        (["experiment=quickstart", "--resume", "outputs/x/checkpoint-5"], "outputs/x/checkpoint-5"),
+        (["experiment=quickstart"], None),
+    ],
+)
+def test_the_flag_is_the_recipe_key(
+    arguments: list[str], wanted: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from vir_hf.train import main
+
+    asked: list[Recipe] = []
+
+    def stop(recipe: Recipe, *args: Any, **kwargs: Any) -> None:
+        asked.append(recipe)
+        raise RunStopped("SIGTERM", 3)
+
+    monkeypatch.setattr(training, "train", stop)
+    monkeypatch.setattr("vir_hf.quickstart.run.train", stop, raising=False)
+    code = main(arguments)
+    assert code == 75 and "the same command with --resume" in capsys.readouterr().err
+    assert asked[0].training.resume == wanted
 
 
 def test_a_checkpoint_opens_as_it_is(runs: Any) -> None:

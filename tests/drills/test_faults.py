@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,6 +80,7 @@ def test_kill_at_seeded_moments(whole: tuple[Path, list[str]]) -> None:
         figures["resumed"] += 1
         is_equal = victim.same_bits(runs / "whole", runs / "killed")
         figures["bit-equal"] += is_equal
+        print(f"{moments[number]}: {figures}", flush=True)
         if not is_equal:
             failures.append(f"{moments[number]}: other bits")
     print(f"\nkill -9, seed {SEED}, of {len(moments)} moments: {figures}")
@@ -263,6 +265,47 @@ def test_one_of_two_ranks_is_gone(whole: tuple[Path, list[str]], end: str) -> No
         code, _, output = victim.finish(process, log)
         assert code == 0, output
     assert victim.same_bits(runs / "two", runs / name)
+
+
+ZERO_2 = """\
+compute_environment: LOCAL_MACHINE
+distributed_type: DEEPSPEED
+use_cpu: true
+deepspeed_config:
+  zero_stage: 2
+  offload_optimizer_device: none
+  offload_param_device: none
+  zero3_init_flag: false
+  gradient_accumulation_steps: auto
+  gradient_clipping: auto
+num_machines: 1
+num_processes: 2
+machine_rank: 0
+"""
+
+
+def test_zero_2_resumes_to_the_same_bits(whole: tuple[Path, list[str]]) -> None:
+    pytest.importorskip("deepspeed")
+    root, _ = whole
+    parts, runs = victim.places(root)
+    (root / "zero2.yaml").write_text(ZERO_2)
+    more = ["training.use_cpu=true", "training.save_total_limit=9"]
+
+    def launch(name: str) -> None:
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(root / "zero2.yaml")]
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            command += ["--main_process_port", str(probe.getsockname()[1])]
+        command += ["-m", "vir_hf.train", *victim.overrides(parts, runs / name, *more)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+    launch("zero")
+    assert (runs / "zero" / "checkpoint-2" / "global_step2").is_dir()
+    (runs / "zero-again").mkdir()
+    shutil.copytree(runs / "zero" / "checkpoint-2", runs / "zero-again" / "checkpoint-2")
+    launch("zero-again")
+    assert victim.same_bits(runs / "zero", runs / "zero-again")
 
 
 def test_a_signal_to_one_of_two_ranks_stops_both(whole: tuple[Path, list[str]]) -> None:
