@@ -382,8 +382,7 @@ def _linears(block: nn.Module) -> list[LinearShape]:
         is_adapted = isinstance(base, nn.Linear)
         if not is_adapted and (not isinstance(module, nn.Linear) or "lora_" in name or name.endswith("base_layer")):
             continue
-        linear = base if is_adapted else module
-        assert isinstance(linear, nn.Linear)
+        linear: Any = base if is_adapted else module
         how = "lora" if is_adapted else "full" if linear.weight.requires_grad else "frozen"
         reads = _READS.get(name.rsplit(".", 1)[-1], name)
         found.append(LinearShape(reads, linear.in_features, linear.out_features, how))

@@ -1,0 +1,121 @@
+"""docs/troubleshooting.md has an entry for every error and warning of the source, and none for what nobody prints."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = [*sorted((ROOT / "vir_hf").rglob("*.py")), ROOT / "spaces" / "app.py"]
+PAGE = ROOT / "docs" / "troubleshooting.md"
+HOLE = "…"
+OURS = {"RecipeError", "DataError", "ImageError", "RunError", "gr.Error"}
+# Caught where they are raised, and said in other words; or our own mistake if anybody sees them.
+INTERNAL = ("it has no owner", "no LAB conversion", "expected a multiple of every number in")
+
+
+def skeleton(node: ast.expr) -> str:
+    """A message with `…` for each part that is only known when it is printed."""
+    if isinstance(node, ast.Constant):
+        return re.sub(r"%[.\d]*[a-z]", HOLE, node.value) if isinstance(node.value, str) else HOLE
+    if isinstance(node, ast.JoinedStr):
+        return "".join(skeleton(part) if isinstance(part, ast.Constant) else HOLE for part in node.values)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return skeleton(node.left) + skeleton(node.right)
+    return HOLE
+
+
+def messages() -> Iterator[tuple[str, str]]:
+    """Every (place, message) of our errors, of a ValueError that is raised, and of a warning."""
+    for path in SOURCES:
+        name = path.relative_to(ROOT).as_posix()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            call = node.exc if isinstance(node, ast.Raise) else node
+            if not isinstance(call, ast.Call) or not call.args:
+                continue  # a raised call is met twice, which does no harm
+            kind = ast.unparse(call.func)
+            is_printed = kind in {*OURS, "logger.warning", "warnings.warn"}
+            if is_printed or (kind == "ValueError" and isinstance(node, ast.Raise)):
+                text = skeleton(call.args[1] if kind == "ImageError" and len(call.args) > 1 else call.args[0])
+                if not any(words in text for words in INTERNAL):
+                    yield f"{name}:{call.lineno}", text
+
+
+def all_strings() -> str:
+    found = []
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.Constant, ast.JoinedStr, ast.BinOp)):
+                found.append(skeleton(node))
+    return "\n".join(found)
+
+
+def entries() -> list[str]:
+    """The fragments in the first column of every table headed `it says`."""
+    found: list[str] = []
+    is_inside = False
+    for line in PAGE.read_text(encoding="utf-8").splitlines():
+        if line.startswith("| it says"):
+            is_inside = True
+        elif not line.startswith("|"):
+            is_inside = False
+        elif is_inside:
+            found += re.findall(r"`([^`]+)`", line.split(" | ")[0])
+    return found
+
+
+def holds(message: str, fragment: str) -> bool:
+    return fragment in message
+
+
+def test_every_error_and_warning_has_its_entry() -> None:
+    fragments = entries()
+    missing = [
+        f"{place} {text[:160]}"
+        for place, text in messages()
+        if len(re.sub(r"\W|\d", "", text)) > 8 and not any(holds(text, fragment) for fragment in fragments)
+    ]
+    assert missing == [], "give each an entry in docs/troubleshooting.md"
+
+
+def test_the_page_explains_nothing_that_is_not_printed() -> None:
+    source = all_strings()
+    assert [fragment for fragment in entries() if not holds(source, fragment)] == []
+
+
+def test_entries_are_distinctive_and_stand_once() -> None:
+    fragments = entries()
+    assert [fragment for fragment in fragments if len(re.sub(r"\W", "", fragment)) < 6] == []
+    assert sorted({fragment for fragment in fragments if fragments.count(fragment) > 1}) == []
+
+
+def test_every_entry_has_a_cause_and_a_remedy() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("| `")]
+    for row in rows:
+        cells = [cell.strip() for cell in row.strip("|").split(" | ")]
+        assert len(cells) == 3 and all(len(cell) > 5 for cell in cells), row
+
+
+@pytest.mark.parametrize("path", sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")]), ids=lambda path: path.name)
+def test_links_between_pages_lead_somewhere(path: Path) -> None:
+    text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in target or target.startswith("mailto:"):
+            continue
+        file, _, anchor = target.partition("#")
+        page = (path.parent / file) if file else path
+        assert page.exists(), f"{path.name} links to {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+            known = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in known, f"{path.name} links to {target}"
+
+
+def test_every_page_is_reached_from_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [page.name for page in sorted((ROOT / "docs").glob("*.md")) if f"docs/{page.name}" not in readme] == []

@@ -1,0 +1,194 @@
+"""How the package is built: which module may import which, the doors of heavy libraries, and the house rules of the source."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "vir_hf"
+
+# Modules that import a heavy library, anywhere in their source; annotations alone do not count.
+DOORS = {
+    "datasets": {"data", "row_cache"},
+    "trl": {"trainer"},
+    "peft": {"adapters", "loading", "merging", "resume", "trainable"},
+    "gradio": set(),  # spaces/app.py, which `commands.demo` loads as a file
+    "bitsandbytes": set(),  # transformers and peft call it
+    "deepspeed": {"consolidated", "engine_check"},
+    "hydra": {"recipe_files"},
+    "omegaconf": {"recipe", "recipe_files"},
+    "simplejpeg": {"preprocessing"},
+    "flash_attn": {"llava.attention"},
+}
+
+
+@dataclass
+class Module:
+    """One module: where it lies, its syntax tree, and what it imports, by when that happens."""
+
+    name: str
+    path: Path
+    tree: ast.Module
+    at_import: set[str] = field(default_factory=set)
+    later: set[str] = field(default_factory=set)
+
+
+def read_modules() -> dict[str, Module]:
+    modules = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        words = path.relative_to(ROOT).with_suffix("").parts
+        name = ".".join(words[:-1] if words[-1] == "__init__" else words)
+        modules[name] = Module(name, path, ast.parse(path.read_text(encoding="utf-8")))
+    for module in modules.values():
+        collect_imports(module, module.tree, set(modules), is_at_import=True)
+    return modules
+
+
+def collect_imports(module: Module, node: ast.AST, known: set[str], *, is_at_import: bool) -> None:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            continue
+        is_main = isinstance(child, ast.If) and "__main__" in ast.unparse(child.test)
+        target = module.at_import if is_at_import and not is_main else module.later
+        if isinstance(child, ast.Import):
+            target |= {alias.name for alias in child.names}
+        elif isinstance(child, ast.ImportFrom):
+            base = absolute_name(module, child)
+            names = {f"{base}.{alias.name}" for alias in child.names}
+            target |= {name if name in known else base for name in names}
+        is_function = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        collect_imports(module, child, known, is_at_import=is_at_import and not is_function and not is_main)
+
+
+def absolute_name(module: Module, node: ast.ImportFrom) -> str:
+    if not node.level:
+        return node.module or ""
+    package = module.name.split(".") if module.path.name == "__init__.py" else module.name.split(".")[:-1]
+    package = package[: len(package) - node.level + 1]
+    return ".".join([*package, *([node.module] if node.module else [])])
+
+
+def short(name: str) -> str:
+    return name.removeprefix("vir_hf.")
+
+
+def read_rows() -> dict[str, int]:
+    """The rows of CONTRIBUTING.md's table: module -> number of its row, from the ground up."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    section = text.partition("## Where what lives")[2].partition("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("| ") and "modules of" not in line]
+    rows = {}
+    for number, line in enumerate(lines):
+        for name in re.findall(r"`([\w.]+)`", line.split("|")[2]):
+            if name != "commands/":
+                assert name not in rows, f"CONTRIBUTING.md names {name} twice"
+                rows[name] = number
+    return rows
+
+
+MODULES = read_modules()
+ROWS = read_rows()
+
+
+def row_of(name: str) -> int:
+    return ROWS["commands"] if short(name).startswith("commands.") else ROWS[short(name)]
+
+
+def test_every_module_has_a_row_and_every_row_its_modules() -> None:
+    listed = {short(name) for name in MODULES if name != "vir_hf" and not short(name).startswith("commands.")}
+    assert listed - set(ROWS) == set(), "give these a place in CONTRIBUTING.md, 'Where what lives'"
+    assert set(ROWS) - listed == set(), "CONTRIBUTING.md names modules that are not there"
+
+
+def test_a_module_imports_only_from_its_own_row_and_lower_ones() -> None:
+    wrong = [
+        f"{short(module.name)} imports {short(imported)}"
+        for module in MODULES.values()
+        for imported in sorted(module.at_import | module.later)
+        if module.name != "vir_hf" and imported in MODULES and imported != "vir_hf"
+        if row_of(imported) > row_of(module.name)
+    ]
+    assert wrong == []
+
+
+def test_there_is_no_circle_among_modules_at_import() -> None:
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join([*path[path.index(name) :], name])
+        if name not in done:
+            for imported in sorted(MODULES[name].at_import & set(MODULES)):
+                visit(imported, (*path, name))
+            done.add(name)
+
+    for name in MODULES:
+        visit(name, ())
+
+
+def test_importing_the_package_pulls_in_no_module_of_ours_by_name() -> None:
+    assert MODULES["vir_hf"].at_import & set(MODULES) == set()
+
+
+@pytest.mark.parametrize("library", DOORS)
+def test_a_heavy_library_has_its_stated_doors(library: str) -> None:
+    found = {
+        short(module.name)
+        for module in MODULES.values()
+        if any(name.split(".")[0] == library for name in module.at_import | module.later)
+    }
+    assert found == DOORS[library]
+
+
+def test_modules_copied_into_checkpoints_import_only_each_other() -> None:
+    source = (PACKAGE / "llava" / "modeling_llava.py").read_text(encoding="utf-8")
+    copied = {name for name in re.findall(r'"(\w+)\.py"', source)}
+    assert {"configuration_llava", "projectors", "attention", "modeling_llava"} <= copied
+    for name in copied:
+        module = MODULES[f"vir_hf.llava.{name}"]
+        ours = {imported for imported in module.at_import | module.later if imported.split(".")[0] == "vir_hf"}
+        assert ours <= {f"vir_hf.llava.{sibling}" for sibling in copied}, name
+        for node in ast.walk(module.tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("vir_hf", *copied):
+                assert node.level == 1, f"{name} must import its siblings as `from .sibling`, to work in transformers' folder"
+
+
+def test_no_module_is_a_drawer_for_everything() -> None:
+    names = {path.stem for path in ROOT.rglob("*.py") if ".venv" not in path.parts}
+    assert names & {"utils", "util", "common", "helpers", "misc"} == set()
+
+
+def nodes() -> Iterator[tuple[str, ast.AST]]:
+    for module in MODULES.values():
+        for node in ast.walk(module.tree):
+            if hasattr(node, "lineno"):
+                yield f"{module.path.relative_to(ROOT)}:{node.lineno}", node
+
+
+def test_assert_is_for_tests() -> None:
+    assert [place for place, node in nodes() if isinstance(node, ast.Assert)] == []
+
+
+def test_no_except_is_bare_and_none_swallows_everything() -> None:
+    def swallows(handler: ast.ExceptHandler) -> bool:
+        catches_all = handler.type is None or ast.unparse(handler.type) in ("Exception", "BaseException")
+        return catches_all and all(isinstance(line, (ast.Pass, ast.Continue)) for line in handler.body)
+
+    handlers = [(place, node) for place, node in nodes() if isinstance(node, ast.ExceptHandler)]
+    assert [place for place, node in handlers if node.type is None or swallows(node)] == []
+
+
+def test_every_public_function_and_class_says_what_it_is() -> None:
+    missing = []
+    for module in MODULES.values():
+        assert ast.get_docstring(module.tree), f"{module.path} says nothing of itself"
+        for node in module.tree.body:
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                if not ast.get_docstring(node):
+                    missing.append(f"{module.path.relative_to(ROOT)}:{node.lineno} {node.name}")
+    assert missing == []
