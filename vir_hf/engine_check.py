@@ -154,7 +154,11 @@ def avoid_compiling(*, use_cpu: bool) -> None:
     Its shared-memory kernels would be compiled in the first run: a minute with a compiler, a crash without one, and the
     gloo operations give the same sums.
     """
-    if not use_cpu or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
+        return
+    import torch
+
+    if torch.cuda.is_available() and not use_cpu:
         return
     if importlib.util.find_spec("deepspeed") is None:
         raise RecipeError(
