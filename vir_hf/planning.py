@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
 
+import vir_hf
 from vir_hf.conversations import encode_row
 from vir_hf.errors import DataError, RecipeError
 from vir_hf.llava.processing_llava import LlavaProcessor
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 # Below this many rows one process measures them sooner than several start.
 _ROWS_PER_PROCESS = 20_000
+# Part of the cache's name: raised when what is measured, or how rows are encoded, changes.
+_MEASURE_VERSION = 2
 
 
 def plan_steps(
@@ -140,6 +143,8 @@ def _image_key(image: dict[str, Any]) -> str:
 def _fingerprint(rows: Dataset, processor: LlavaProcessor, max_length: int | None) -> str:
     tokenizer = processor.tokenizer
     content = [
+        _MEASURE_VERSION,
+        vir_hf.__version__,
         rows._fingerprint,
         processor.chat_template,
         processor.template,

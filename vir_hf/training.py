@@ -16,7 +16,7 @@ import torch
 import transformers
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
-from vir_hf import consolidated, engine_check, preflight, resume
+from vir_hf import consolidated, engine_check, memory, preflight, resume
 from vir_hf.audit import AUDIT_FILE, audit_as_dict, audit_model, print_audit
 from vir_hf.collator import LlavaDataCollator
 from vir_hf.data import load_llava_dataset, load_recipe_rows, share_of_stream
@@ -72,6 +72,8 @@ def _train(recipe: Recipe, signals: StopOnSignal, callbacks: Sequence[TrainerCal
         fp16=recipe.training.arguments.get("fp16"),
     )
     arguments = training_arguments(recipe, precision)
+    if arguments.process_index == 0:
+        warn_if_too_large(recipe)
     engine_check.load_whole_weights()
     finished = resume.broadcast(resume.is_finished(recipe))
     if finished is not None:
@@ -181,6 +183,26 @@ def make_collator(recipe: Recipe, processor: LlavaProcessor) -> LlavaDataCollato
     )
 
 
+def warn_if_too_large(recipe: Recipe) -> None:
+    """Say before anything is loaded that the run is not expected to fit, and what to change."""
+    try:
+        warning = memory.will_it_fit(recipe)
+    except RecipeError as error:
+        logger.info("memory was not estimated: %s", error)
+        return
+    if warning is not None:
+        logger.warning("%s", warning)
+
+
+def checkpoints_activations(recipe: Recipe) -> bool:
+    """Whether activations are computed again in the backward pass: as the recipe says, else unless memory is to spare."""
+    try:
+        return memory.should_checkpoint(recipe)
+    except RecipeError as error:
+        logger.info("memory was not estimated, so activations are recomputed: %s", error)
+        return True
+
+
 def training_arguments(recipe: Recipe, precision: Precision) -> Any:
     """Return TRL's config: the recipe's arguments, and what the machine and the data path decide."""
     training = recipe.training
@@ -192,6 +214,7 @@ def training_arguments(recipe: Recipe, precision: Precision) -> Any:
     arguments.setdefault("save_strategy", "no")
     # Upstream would replace a bad loss by the mean of the others and go on; ours is to see it.
     arguments["logging_nan_inf_filter"] = False
+    arguments["activation_checkpointing"] = checkpoints_activations(recipe)
     arguments["push_to_hub"] = False  # the whole run is published once, at its end
     arguments["ddp_timeout"] = 60 * training.timeout_minutes
     if arguments.get("dataloader_num_workers") is None:
