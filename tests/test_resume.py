@@ -338,10 +338,10 @@ def test_a_pickle_that_runs_code_is_not_read(
 @pytest.mark.parametrize(
     ("arguments", "wanted"),
     [
-        (["experiment=quickstart", "--resume"], "auto"),
-        (["--resume", "experiment=quickstart"], "auto"),
-        (["experiment=quickstart", "--resume", "outputs/x/checkpoint-5"], "outputs/x/checkpoint-5"),
-        (["experiment=quickstart"], None),
+        (["experiment=local_lite", "data.data_path=x.json", "--resume"], "auto"),
+        (["--resume", "experiment=local_lite", "data.data_path=x.json"], "auto"),
+        (["experiment=local_lite", "data.data_path=x.json", "--resume", "outputs/x/checkpoint-5"], "outputs/x/checkpoint-5"),
+        (["experiment=local_lite", "data.data_path=x.json"], None),
     ],
 )
 def test_the_flag_is_the_recipe_key(
@@ -356,7 +356,6 @@ def test_the_flag_is_the_recipe_key(
         raise RunStopped("SIGTERM", 3)
 
     monkeypatch.setattr(training, "train", stop)
-    monkeypatch.setattr("vir_hf.quickstart.run.train", stop, raising=False)
     code = main(arguments)
     assert code == 75 and "the same command with --resume" in capsys.readouterr().err
     assert asked[0].training.resume == wanted
