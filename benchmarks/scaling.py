@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 sys.path.insert(0, str(ROOT / "tests" / "distributed"))
 
-import launches
-import scenarios
+import launches  # noqa: E402
+import scenarios  # noqa: E402
 
 
 def measure(root: Path, output_dir: Path, num_processes: int, num_steps: int, config: str) -> dict[str, Any]:

@@ -35,8 +35,13 @@ def run_rank(root: Path, output_dir: Path, rank: int, world_size: int, port: str
         path, flags = arguments[0], arguments[2] or 0
         if path == data_file:
             opened["data_file"].append(path)
-        # Lock files are opened by everybody: that is how the others wait.
-        elif path.startswith(cache) and not path.endswith(".lock") and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+        # Lock files are opened by everybody, which is how the others wait; a folder is opened to see whether it can be written.
+        elif (
+            path.startswith(cache)
+            and not path.endswith(".lock")
+            and not os.path.isdir(path)
+            and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        ):
             opened["written"].append(os.path.relpath(path, cache))
 
     sys.addaudithook(note)

@@ -24,5 +24,6 @@ def test_sixteen_ranks_parse_the_data_once(parts: Path, tmp_path: Path) -> None:
         rank for rank, note in enumerate(notes) if any(name.startswith("vir_hf/rows-") for name in note["written"])
     ]
     assert rows_written == readers
+    # The rows are written by whichever rank came first, their sizes by the node's first; nobody else writes anything.
     writers = [rank for rank, note in enumerate(notes) if note["written"]]
-    assert len(writers) <= 2, f"ranks {writers} wrote: {[notes[rank]['written'][:4] for rank in writers]}"
+    assert set(writers) <= {0, *readers}, f"ranks {writers} wrote: {[notes[rank]['written'][:4] for rank in writers]}"
