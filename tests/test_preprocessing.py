@@ -75,6 +75,21 @@ def test_fast_differs_by_less_than_a_twentieth_of_a_grey_level(name: str, size: 
     assert difference.max() < 3.5
 
 
+@pytest.mark.parametrize("name", ["clip-336", "llava-pad", "odd-crop"])
+def test_exact_stays_exact_where_pillow_or_the_decoder_surprises(name: str, monkeypatch: pytest.MonkeyPatch):
+    for probe in ("passes_are_known", "decoders_agree"):
+        monkeypatch.setattr(preprocessing, probe, lambda: False)
+    for size in ((640, 480), (427, 640)):
+        data = jpeg(noise(*size))
+        expected = by_transformers(PROCESSORS[name], open_image(data))
+        assert torch.equal(ImagePreprocessor(PROCESSORS[name], exact=True)(data), expected)
+
+
+def test_the_probes_know_this_machine():
+    pytest.importorskip("simplejpeg")
+    assert preprocessing.passes_are_known() and preprocessing.decoders_agree()
+
+
 def test_the_other_processors_are_called_as_they_are():
     shrunk = LlavaImageProcessorPil(size={"shortest_edge": 20}, crop_size={"height": 32, "width": 32})
     image = noise(50, 40)

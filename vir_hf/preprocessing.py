@@ -1,14 +1,16 @@
 """Pictures -> `pixel_values`, at several times the speed of transformers' own image processors.
 
-Two ways lead to the same picture. The exact one does with Pillow what transformers' Pillow processors do, bit for bit,
-without their detours through float64 numpy arrays. The fast one decodes JPEGs with simplejpeg and resizes in torch's
-uint8 bicubic kernel: on photographs it differs by less than 0.05 of 255 grey levels on average. `benchmarks/dataloader.py`
-measures both against transformers.
+Two ways lead to the same picture. The exact one resizes with Pillow, as transformers' Pillow processors do, bit for bit, but
+computes no pixel that padding or cropping makes needless and takes no detour through float64 numpy arrays. The fast one
+resizes in torch's uint8 bicubic kernel: on photographs it differs by less than 0.05 of 255 grey levels on average.
+`benchmarks/dataloader.py` measures both against transformers.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import io
 import os
 from typing import Any
 
@@ -23,9 +25,7 @@ from vir_hf.images import MAX_PIXELS, ImageSource, decode_image, is_upright, rea
 _KNOWN_CLASSES = ("CLIPImageProcessor", "SiglipImageProcessor", "LlavaImageProcessor")
 _FILTERS = {2: "bilinear", 3: "bicubic", "bilinear": "bilinear", "bicubic": "bicubic"}
 _PIL_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-# torch resizes rows before columns, and so did Pillow until 13, which takes columns first where that is less work. Each pass
-# rounds, so the order shows: 0.2 grey levels on average.
-_COLUMNS_MAY_COME_FIRST = int(Image.__version__.split(".")[0]) >= 13
+_PILLOW_MAJOR = int(Image.__version__.split(".")[0])
 _JPEG_START = b"\xff\xd8\xff"
 
 
@@ -41,9 +41,12 @@ class ImagePreprocessor:
 
     def __init__(self, image_processor: Any, *, exact: bool = False, allow_urls: bool = False) -> None:
         self.image_processor = image_processor
-        self.exact = exact or importlib.util.find_spec("simplejpeg") is None
+        has_decoder = importlib.util.find_spec("simplejpeg") is not None
+        self.exact = exact or not has_decoder
         self.allow_urls = allow_urls
         self._does_it_here = self._read_config(image_processor)
+        must_agree = self.exact or not self._does_it_here
+        self._has_fast_decoder = has_decoder and (not must_agree or decoders_agree())
 
     def __call__(self, source: ImageSource) -> torch.Tensor:
         """Return `pixel_values` of one picture, `(3, height, width)` float32.
@@ -54,26 +57,25 @@ class ImagePreprocessor:
         Raises:
             ImageError: the picture cannot be opened.
         """
-        data = name = None
-        if not isinstance(source, Image.Image):
-            data, name = read_image_bytes(source, allow_urls=self.allow_urls)
-        if self._does_it_here and not self.exact:
-            pixels = decode_jpeg(data) if data is not None else None
-            if pixels is None:
-                # A copy, because torch cannot share memory it may not write to.
-                pixels = np.array(self._open(source, data, name))
-            return self._normalise(self._resize(torch.from_numpy(pixels).permute(2, 0, 1)))
-        image = self._open(source, data, name)
+        picture = self._read(source)
         if not self._does_it_here:
+            image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
             return torch.as_tensor(self.image_processor(image, return_tensors="pt")["pixel_values"][0])
-        return self._normalise(torch.from_numpy(np.array(self._resize_exactly(image))).permute(2, 0, 1))
+        if self.exact:
+            image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+            picture = self._resize_exactly(image)
+        # Pillow's pixels are copied, because torch cannot share memory it may not write to.
+        pixels = np.array(picture) if isinstance(picture, Image.Image) else picture
+        planes = torch.from_numpy(pixels).permute(2, 0, 1)
+        return self._normalise(planes if self.exact else self._resize(planes))
 
-    @staticmethod
-    def _open(source: ImageSource, data: bytes | None, name: str | None) -> Image.Image:
+    def _read(self, source: ImageSource) -> Image.Image | np.ndarray:
+        """Return the picture upright and in RGB, as `(height, width, 3)` pixels where the fast decoder can."""
         if isinstance(source, Image.Image):
             return to_rgb(source)
-        assert data is not None and name is not None
-        return decode_image(data, name)
+        data, name = read_image_bytes(source, allow_urls=self.allow_urls)
+        pixels = decode_jpeg(data) if self._has_fast_decoder else None
+        return decode_image(data, name) if pixels is None else pixels
 
     def _read_config(self, processor: Any) -> bool:
         """Take over the processor's settings; False when they ask for something not done here."""
@@ -120,19 +122,23 @@ class ImagePreprocessor:
         return self._shortest_edge, int(self._shortest_edge * width / height)
 
     def _resize_exactly(self, image: Image.Image) -> Image.Image:
-        """Return the picture padded, resized in one call (which pass Pillow does first is its own affair) and cropped."""
+        """Return the picture padded, resized and cropped, with the bits of doing it in one go."""
         width, height = image.size
         if self._pad_colour is not None and width != height:
             edge = max(width, height)
-            canvas = Image.new("RGB", (edge, edge), self._pad_colour)
-            canvas.paste(image, ((edge - width) // 2, (edge - height) // 2))
+            new_height, new_width = self._resized(edge, edge)
+            if width > height and passes_are_known() and not columns_come_first((edge, edge), (new_width, new_height)):
+                # Rows of padding stay what they are when rows are resized, so they are added afterwards.
+                image = image.resize((new_width, height), _PIL_FILTERS[self._filter])
+            canvas = Image.new("RGB", (image.width if image.width != width else edge, edge), self._pad_colour)
+            canvas.paste(image, ((canvas.width - image.width) // 2, (edge - height) // 2))
             image = canvas
-        new_height, new_width = self._resized(image.height, image.width)
-        image = image.resize((new_width, new_height), _PIL_FILTERS[self._filter])
-        if self._crop is None:
-            return image
-        top, left = (new_height - self._crop[0]) // 2, (new_width - self._crop[1]) // 2
-        return image.crop((left, top, left + self._crop[1], top + self._crop[0]))
+        else:
+            new_height, new_width = self._resized(height, width)
+        crop_height, crop_width = self._crop or (new_height, new_width)
+        top, left = (new_height - crop_height) // 2, (new_width - crop_width) // 2
+        box = (left, top, left + crop_width, top + crop_height)
+        return resize_and_crop(image, (new_width, new_height), box, _PIL_FILTERS[self._filter])
 
     def _resize(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return `(3, height, width)` uint8 pixels padded, resized and cropped."""
@@ -161,21 +167,21 @@ class ImagePreprocessor:
 
     def _interpolate(self, pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
         old_height, old_width = pixels.shape[-2:]
-        if _COLUMNS_MAY_COME_FIRST and old_width != width and old_height - height > max(0, 2 * (old_width - width)):
-            pixels = self._interpolate(pixels, height, old_width)
+        if old_width != width and columns_come_first((old_width, old_height), (width, height)):
+            pixels = self._interpolate(pixels, height, old_width)  # torch by itself takes rows first
         if pixels.shape[-2:] == (height, width):
             return pixels
         return functional.interpolate(pixels, size=(height, width), mode=self._filter, antialias=True)
 
     def _normalise(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return `(3, height, width)` uint8 pixels as normalised float32, the bits those of transformers."""
-        pixels = pixels.contiguous()
         if self._can_divide:
             return self._divide(pixels)
         return torch.stack([self._table[channel][pixels[channel].long()] for channel in range(3)])
 
     def _divide(self, pixels: torch.Tensor) -> torch.Tensor:
-        return pixels.float().div_(255).sub_(self._scale[0]).div_(self._scale[1])
+        values = pixels.to(torch.float32, memory_format=torch.contiguous_format)
+        return values.div_(255).sub_(self._scale[0]).div_(self._scale[1])
 
 
 def decode_jpeg(data: bytes) -> np.ndarray | None:
@@ -195,6 +201,66 @@ def decode_jpeg(data: bytes) -> np.ndarray | None:
     except ValueError:
         return None
     return pixels
+
+
+@functools.cache
+def decoders_agree() -> bool:
+    """Whether simplejpeg and this Pillow decode a JPEG to the same pixels, tried once on colour and on grey."""
+    noise = Image.effect_noise((83, 61), 90)
+    for image in (Image.merge("RGB", (noise, noise.rotate(180), noise.rotate(90, expand=False))), noise):
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=80)  # with the usual halved colour planes
+        pixels = decode_jpeg(buffer.getvalue())
+        if pixels is None or not np.array_equal(pixels, np.asarray(decode_image(buffer.getvalue(), "probe"))):
+            return False
+    return True
+
+
+def columns_come_first(size: tuple[int, int], new_size: tuple[int, int]) -> bool:
+    """Whether Pillow resizes columns before rows; sizes are (width, height).
+
+    Every pass rounds, so the order shows: 0.2 grey levels on average. Until Pillow 13 rows always come first.
+    """
+    (width, height), (new_width, new_height) = size, new_size
+    return _PILLOW_MAJOR >= 13 and height - new_height > max(0, 2 * (width - new_width))
+
+
+@functools.cache
+def passes_are_known() -> bool:
+    """Whether `columns_come_first` is right about this Pillow, tried once on wide, tall, small and large pictures."""
+    noise = np.random.default_rng(0).integers(0, 256, (160, 160, 3), dtype=np.uint8)
+    for width, height in ((160, 90), (90, 160), (60, 160), (40, 30), (30, 44), (100, 100)):
+        image = Image.fromarray(noise[:height, :width])
+        for new_size in ((48, 48), (90, 48), (48, 80)):
+            whole = image.resize(new_size, Image.Resampling.BICUBIC)
+            if (
+                whole.tobytes()
+                != _resize_in_passes(image, new_size, (0, 0, *new_size), Image.Resampling.BICUBIC).tobytes()
+            ):
+                return False
+    return True
+
+
+def resize_and_crop(
+    image: Image.Image, size: tuple[int, int], box: tuple[int, int, int, int], method: Image.Resampling
+) -> Image.Image:
+    """Return what `image.resize(size, method).crop(box)` returns, without resizing twice what the crop drops."""
+    if box == (0, 0, *size):
+        return image.resize(size, method)
+    if passes_are_known():
+        return _resize_in_passes(image, size, box, method)
+    return image.resize(size, method).crop(box)
+
+
+def _resize_in_passes(
+    image: Image.Image, size: tuple[int, int], box: tuple[int, int, int, int], method: Image.Resampling
+) -> Image.Image:
+    left, top, right, bottom = box
+    if columns_come_first(image.size, size):
+        image = image.resize((image.width, size[1]), method).crop((0, top, image.width, bottom))
+        return image.resize((size[0], image.height), method).crop((left, 0, right, image.height))
+    image = image.resize((size[0], image.height), method).crop((left, 0, right, image.height))
+    return image.resize((image.width, size[1]), method).crop((0, top, image.width, bottom))
 
 
 def recommended_num_workers(num_local_ranks: int = 1) -> int:
