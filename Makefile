@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
+# Two processes, each test file in one of them.
+PARALLEL ?= -n 2 --dist loadfile
 PYTHON_VERSIONS := 3.10 3.11 3.12 3.13
 SOURCES := vir_hf tests $(wildcard benchmarks) $(wildcard spaces)
 
@@ -24,7 +26,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/vir-hf train experiment=quickstart
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
 
 check: lint types compile test
 

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import platform
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,6 +138,7 @@ def _train(recipe: Recipe, signals: StopOnSignal, callbacks: Sequence[TrainerCal
         raise RunStopped(signals.received, trainer.state.global_step)
     metrics = summarise(trainer, recipe)
     metrics["skipped_rows"] = [dataclasses.asdict(bad) for bad in bad_rows]
+    metrics["dropped_rows"] = dict(Counter(bad.kind for bad in bad_rows))  # what the model card says of them
     trainer.save_final(precision.dtype)
     if trainer.is_world_process_zero():
         write_json(Path(arguments.output_dir) / "metrics.json", metrics)
