@@ -6,8 +6,8 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-
 import tiny
+
 from vir_hf import RecipeError
 from vir_hf.data import load_recipe_rows, share_of_stream
 from vir_hf.loading import choose_precision, load_model_and_processor
@@ -36,7 +36,8 @@ def test_a_stream_gives_every_row_once_before_any_twice(tiny_parts: Path, tmp_pa
 def test_two_ranks_read_different_rows(tiny_parts: Path, tmp_path: Path) -> None:
     recipe = load_recipe(tiny.training_overrides(tiny_parts, tmp_path, **STREAMED))
     seen = [
-        [row["id"] for step in islice(stream_of(recipe, 2, rank), 3) for batch in step for row in batch] for rank in (0, 1)
+        [row["id"] for step in islice(stream_of(recipe, 2, rank), 3) for batch in step for row in batch]
+        for rank in (0, 1)
     ]
     assert len(seen[0]) == len(seen[1]) == 6 and not set(seen[0]) & set(seen[1])
 

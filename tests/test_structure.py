@@ -147,7 +147,7 @@ def test_a_heavy_library_has_its_stated_doors(library: str) -> None:
 
 def test_modules_copied_into_checkpoints_import_only_each_other() -> None:
     source = (PACKAGE / "llava" / "modeling_llava.py").read_text(encoding="utf-8")
-    copied = {name for name in re.findall(r'"(\w+)\.py"', source)}
+    copied = set(re.findall(r'"(\w+)\.py"', source))
     assert {"configuration_llava", "projectors", "attention", "modeling_llava"} <= copied
     for name in copied:
         module = MODULES[f"vir_hf.llava.{name}"]

@@ -27,6 +27,7 @@ from vir_hf.errors import RecipeError, RunError
 if TYPE_CHECKING:
     from vir_hf.recipe import Recipe
     from vir_hf.sampling import StepSampler
+    from vir_hf.streaming import StreamPlan
 
 logger = logging.getLogger(__name__)
 
@@ -242,7 +243,7 @@ def check_recipe(recipe: Recipe, saved: Path) -> None:
 
 
 def identify(
-    rows: Any, sampler: StepSampler, model: nn.Module, *, world_size: int, feature_lookup: Any = None
+    rows: Any, sampler: StepSampler | StreamPlan, model: nn.Module, *, world_size: int, feature_lookup: Any = None
 ) -> dict[str, Any]:
     """Return what makes a run this run: its rows, its plan of steps, its frozen weights and its layout."""
     from transformers import __version__ as transformers_version
@@ -333,7 +334,7 @@ def _picture_bytes(image: Any) -> int | None:
         return None
 
 
-def plan_fingerprint(sampler: StepSampler) -> dict[str, Any]:
+def plan_fingerprint(sampler: StepSampler | StreamPlan) -> dict[str, Any]:
     """Return what decides the rows of every step."""
     digest = hashlib.sha256()
     pictures: dict[str | None, int] = {}

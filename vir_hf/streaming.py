@@ -81,7 +81,9 @@ def plan_stream(recipe: Recipe, world_size: int, rank: int) -> StreamPlan:
         seed=training.seed if training.data_seed is None else training.data_seed,
         num_replicas=world_size,
         rank=rank,
-        micro_batch_rows=None if budget else min(training.per_device_train_batch_size or 1, rows_per_step // world_size),
+        micro_batch_rows=None
+        if budget
+        else min(training.per_device_train_batch_size or 1, rows_per_step // world_size),
         max_tokens_per_batch=budget,
         on_bad_row=recipe.data.on_bad_row,
     )
