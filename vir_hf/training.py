@@ -28,8 +28,8 @@ from vir_hf.loading import Precision, choose_precision, describe_precision, keep
 from vir_hf.merging import merged_base
 from vir_hf.planning import measure_rows, plan_steps
 from vir_hf.progress import StepLines
-from vir_hf.signals import RunStopped, StopOnSignal
 from vir_hf.sampling import StepSampler
+from vir_hf.signals import RunStopped, StopOnSignal
 from vir_hf.streaming import StreamPlan, plan_stream
 from vir_hf.trainable import make_trainable, parameter_groups
 from vir_hf.trainer import LlavaTrainer, make_sft_config
