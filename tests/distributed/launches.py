@@ -46,6 +46,28 @@ def accelerate_words(config: str | Path, num_processes: int) -> list[str]:
     return [*words, "--num_processes", str(num_processes), "--main_process_port", str(free_port())]
 
 
+def kill_all(process: subprocess.Popen) -> None:
+    """Kill a launch and every process below it: accelerate's workers lead sessions of their own and would go on."""
+    doomed, found = [process.pid], {process.pid}
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+    while True:
+        more = [child for child, parent in parents.items() if parent in found and child not in found]
+        if not more:
+            break
+        doomed += more
+        found.update(more)
+    for pid in doomed:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
 def run(words: list[str], *, timeout_seconds: int, **changes: str) -> subprocess.CompletedProcess[str]:
     """Run a command with all it starts in one process group, which ends with it; a hang is an error after the limit."""
     process = subprocess.Popen(
@@ -55,7 +77,7 @@ def run(words: list[str], *, timeout_seconds: int, **changes: str) -> subprocess
     try:
         output, _ = process.communicate(timeout=timeout_seconds)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        kill_all(process)
         output, _ = process.communicate()
         raise AssertionError(f"not done after {timeout_seconds} s: {' '.join(words)}\n{output[-4000:]}") from None
     return subprocess.CompletedProcess(words, process.returncode, output, "")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import time
 from pathlib import Path
@@ -31,7 +29,7 @@ def kill_after_checkpoint(words: list[str], checkpoint: Path, timeout_seconds: i
     end = time.monotonic() + timeout_seconds
     while not (checkpoint / "manifest.json").is_file() and process.poll() is None and time.monotonic() < end:
         time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
+    launches.kill_all(process)
     process.wait()
     assert (checkpoint / "manifest.json").is_file()
     for later in checkpoint.parent.glob("checkpoint-*"):  # a fast run may have come further
@@ -62,6 +60,7 @@ def test_a_killed_run_goes_on_elsewhere(
     kill_after_checkpoint(words_for(parts, cut, first), cut / "checkpoint-2")
     done = launches.run(words_for(parts, cut, second, "--resume"), timeout_seconds=200)
     assert done.returncode == 0, done.stdout[-4000:]
+    assert "\nengine: " in done.stdout, "nothing was left to do: the first run was not killed"
     expected, found = launches.losses(whole), launches.losses(cut)
     assert len(found) == 6
     # Step 3 is computed from the checkpoint's weights on the rows of step 3: weights, step and position in the data.

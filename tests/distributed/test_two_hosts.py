@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import uuid
 from collections.abc import Iterator
@@ -67,7 +66,7 @@ def launch_on_both(hosts: list[str], words: list[str], timeout_seconds: int) -> 
         except subprocess.TimeoutExpired:
             for each in started:
                 if each.poll() is None:
-                    os.killpg(each.pid, signal.SIGKILL)
+                    launches.kill_all(each)
             output, _ = process.communicate()
             output += f"\nnot done after {timeout_seconds} s"
         results.append((process.returncode, output))
