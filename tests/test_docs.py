@@ -101,7 +101,9 @@ def test_every_entry_has_a_cause_and_a_remedy() -> None:
         assert len(cells) == 3 and all(len(cell) > 5 for cell in cells), row
 
 
-@pytest.mark.parametrize("path", sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")]), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")]), ids=lambda path: path.name
+)
 def test_links_between_pages_lead_somewhere(path: Path) -> None:
     text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
@@ -119,3 +121,13 @@ def test_links_between_pages_lead_somewhere(path: Path) -> None:
 def test_every_page_is_reached_from_the_readme() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [page.name for page in sorted((ROOT / "docs").glob("*.md")) if f"docs/{page.name}" not in readme] == []
+
+
+def test_the_performance_page_says_how_to_run_every_benchmark() -> None:
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^python benchmarks/(\w+\.py)(.*)$", page, re.MULTILINE)
+    assert {name for name, _ in lines} == {path.name for path in (ROOT / "benchmarks").glob("*.py")}
+    for name, words in lines:
+        source = (ROOT / "benchmarks" / name).read_text(encoding="utf-8")
+        for flag in re.findall(r"--[\w-]+", words.partition("#")[0]):
+            assert f'"{flag}"' in source, f"{name} has no {flag}"

@@ -165,6 +165,31 @@ def test_accelerate_configs_are_found_outside_the_clone(installed: Path, tmp_pat
     assert folder.is_relative_to(installed) and files_below(folder) == files_below(ROOT / "accelerate_configs")
 
 
+@pytest.mark.slow
+def test_the_wheel_trains_outside_the_clone(installed: Path, tiny_parts: Path, tmp_path: Path) -> None:
+    import tiny
+
+    changes = {"training.max_steps": 2, "training.logging_steps": 1}
+    overrides = tiny.training_overrides(tiny_parts, tmp_path / "out", **changes)
+    python = str(installed / "bin" / "python")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    where = subprocess.run(
+        [python, "-c", "import vir_hf; print(vir_hf.__file__)"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert Path(where.stdout.split()[-1]).is_relative_to(installed)
+    command = [python, "-m", "vir_hf.train", *overrides]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["num_steps"] == 2 and len(metrics["loss_history"]) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
 def test_a_warning_from_one_of_our_modules_fails_the_run() -> None:
     with pytest.raises(UserWarning, match="ours"):
         warnings.warn_explicit("ours", UserWarning, "data.py", 1, module="vir_hf.llava.attention")

@@ -155,7 +155,9 @@ def test_modules_copied_into_checkpoints_import_only_each_other() -> None:
         assert ours <= {f"vir_hf.llava.{sibling}" for sibling in copied}, name
         for node in ast.walk(module.tree):
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("vir_hf", *copied):
-                assert node.level == 1, f"{name} must import its siblings as `from .sibling`, to work in transformers' folder"
+                assert node.level == 1, (
+                    f"{name} must import its siblings as `from .sibling`, to work in transformers' folder"
+                )
 
 
 def test_no_module_is_a_drawer_for_everything() -> None:
@@ -188,7 +190,9 @@ def test_every_public_function_and_class_says_what_it_is() -> None:
     for module in MODULES.values():
         assert ast.get_docstring(module.tree), f"{module.path} says nothing of itself"
         for node in module.tree.body:
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and not node.name.startswith(
+                "_"
+            ):
                 if not ast.get_docstring(node):
                     missing.append(f"{module.path.relative_to(ROOT)}:{node.lineno} {node.name}")
     assert missing == []

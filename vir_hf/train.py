@@ -75,9 +75,13 @@ def _run(recipe: Recipe) -> dict[str, Any]:
 def closing_words(metrics: dict, output_dir: str) -> str:
     """What was made, where it lies, and what to type next."""
     picture = metrics.get("example_image", "photo.jpg")
+    first, final = metrics["first_loss"], metrics["final_loss"]
+    loss = (
+        "" if first is None else f"loss {first:.4f} -> {final:.4f}, "
+    )  # none where a run is shorter than logging_steps
     return (
-        f"\ndone: {metrics['num_steps']} steps, loss {metrics['first_loss']:.4f} -> {metrics['final_loss']:.4f}, "
-        f"{metrics['seconds']} s. In {output_dir}: model, processor, recipe.yaml, metrics.json\n"
+        f"\ndone: {metrics['num_steps']} steps, {loss}{metrics['seconds']} s. In {output_dir}: model, processor, "
+        "recipe.yaml, metrics.json\n"
         f"next:\n  vir-hf chat {output_dir} --image {picture}\n  vir-hf push {output_dir} you/your-model --dry-run"
     )
 
