@@ -131,3 +131,36 @@ def test_the_performance_page_says_how_to_run_every_benchmark() -> None:
         source = (ROOT / "benchmarks" / name).read_text(encoding="utf-8")
         for flag in re.findall(r"--[\w-]+", words.partition("#")[0]):
             assert f'"{flag}"' in source, f"{name} has no {flag}"
+
+
+def shown_commands() -> Iterator[tuple[str, list[str]]]:
+    """Every (page, words) of a `vir-hf ...` call shown on a page, in a block or between words."""
+    for path in [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]:
+        text = re.sub(r"\\\n\s*", " ", path.read_text(encoding="utf-8"))
+        for call in re.findall(r"^(?:\$ )?(vir-hf [^\n]*)|`(vir-hf [^`\n]*)`", text, re.MULTILINE):
+            yield path.name, re.split(r" #| \||&&|;|  +\(", call[0] or call[1])[0].split()
+
+
+def test_commands_shown_on_the_pages_exist_with_their_options() -> None:
+    from vir_hf.cli import COMMANDS
+    from vir_hf.commands.data import WORDS
+
+    shared = (ROOT / "vir_hf" / "recipe.py").read_text(encoding="utf-8")
+    wrong = []
+    for page, words in shown_commands():
+        if len(words) < 2 or not re.fullmatch(r"[a-z-]+", words[1]):
+            continue  # `vir-hf --help`, or the word COMMAND
+        command = COMMANDS.get(words[1])
+        if command is None or not command.is_installed:
+            wrong.append(f"{page}: vir-hf {words[1]}")
+            continue
+        module = command.module
+        if words[1] == "data" and len(words) > 2 and words[2] in WORDS:
+            module = WORDS[words[2]][0]
+        source = (ROOT / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8")
+        for borrowed in re.findall(r"^from (vir_hf\.commands\.\w+) import", source, re.MULTILINE):
+            source += (ROOT / (borrowed.replace(".", "/") + ".py")).read_text(encoding="utf-8")
+        for flag in (word.partition("=")[0].rstrip(".,:)") for word in words if re.match(r"--[a-z]", word)):
+            if f'"{flag}"' not in source + shared and flag != "--help":
+                wrong.append(f"{page}: vir-hf {words[1]} has no {flag}")
+    assert wrong == []

@@ -340,7 +340,10 @@ def test_a_pickle_that_runs_code_is_not_read(
     [
         (["experiment=local_lite", "data.data_path=x.json", "--resume"], "auto"),
         (["--resume", "experiment=local_lite", "data.data_path=x.json"], "auto"),
-        (["experiment=local_lite", "data.data_path=x.json", "--resume", "outputs/x/checkpoint-5"], "outputs/x/checkpoint-5"),
+        (
+            ["experiment=local_lite", "data.data_path=x.json", "--resume", "outputs/x/checkpoint-5"],
+            "outputs/x/checkpoint-5",
+        ),
         (["experiment=local_lite", "data.data_path=x.json"], None),
     ],
 )
