@@ -164,3 +164,17 @@ def test_commands_shown_on_the_pages_exist_with_their_options() -> None:
             if f'"{flag}"' not in source + shared and flag != "--help":
                 wrong.append(f"{page}: vir-hf {words[1]} has no {flag}")
     assert wrong == []
+
+
+def test_recipe_keys_on_the_pages_exist() -> None:
+    from vir_hf.recipe import schema
+
+    known = schema()
+    not_keys = {"model.safetensors", "model.multi_modal_projector"}  # a file, and a module in memory
+    wrong = []
+    for path in [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]:
+        text = path.read_text(encoding="utf-8")
+        for section, key in re.findall(rf"(?<![\w./-])({'|'.join(known)})\.([a-z_]\w+)(?=[=`:,\s])", text):
+            if key not in known[section] and f"{section}.{key}" not in not_keys:
+                wrong.append(f"{path.name}: {section}.{key}")
+    assert wrong == []
