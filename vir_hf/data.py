@@ -214,6 +214,8 @@ class _FileRows:
             self.folders = [ImageFolder(folder, allow_urls=allow_urls) for folder in own]
 
     def load(self, max_rows: int | None) -> tuple[datasets.Dataset, list[BadRow]]:
+        for folder in self.folders:
+            folder.open()
         name = fingerprint(self.files, [folder.identity for folder in self.folders], max_rows)
         cached = cache_folder() / f"rows-{name}.arrow"
         if any(self._has_arrived(bad) for bad in read_bad_rows(cached) or []):

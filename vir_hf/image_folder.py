@@ -55,6 +55,11 @@ class ImageFolder:
         """What a cache of located places depends on."""
         return f"{self._root}|{self.allow_urls}"
 
+    def open(self) -> None:
+        """Read the table of contents of an archive now, so that dataloader workers forked later have it already."""
+        if self.is_archive:
+            open_archive(self._root)
+
     def locate(self, reference: str) -> str:
         """Return the place of a reference.
 
