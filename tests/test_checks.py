@@ -436,3 +436,10 @@ def test_odd_files_are_judged_by_header_as_by_opening(shared_data: Path):
     for entry in json.loads((shared_data / "odd_images" / "expected.json").read_text()):
         place = str(shared_data / "odd_images" / entry["file"])
         assert outcome(read_image_header, place) == outcome(open_image, place), entry
+
+
+def test_the_documentation_names_every_kind():
+    text = (Path(__file__).resolve().parents[1] / "docs" / "data-checks.md").read_text(encoding="utf-8")
+    for kind in REMEDIES:
+        severity = "error" if kind in ERRORS else "warning"
+        assert f"| `{kind}` | {severity} |" in text, kind

@@ -26,7 +26,7 @@ _STYLE = """
 .row .facts { color: var(--soft); font-size: 13px; margin: 0 0 10px; overflow-wrap: anywhere; }
 .tokens { white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.7 ui-monospace, monospace; }
 .learned { background: var(--good-back); color: var(--good); border-radius: 3px; padding: 1px 0; }
-.picture { background: var(--odd-back); color: var(--odd); border-radius: 4px; padding: 1px 6px; }
+.picture { background: var(--odd-back); color: var(--odd); border-radius: 4px; padding: 1px 6px; white-space: nowrap; }
 .id { font-size: 10px; color: var(--soft); vertical-align: sub; margin: 0 3px 0 1px; }
 @media (max-width: 760px) { .row { grid-template-columns: minmax(0, 1fr); } }
 """

@@ -41,10 +41,11 @@ def load_recipe_processor(recipe: Recipe) -> LlavaProcessor:
         RecipeError: a part that cannot be loaded.
     """
     from vir_hf.llava.processing_llava import LlavaProcessor
-    from vir_hf.loading import load_processor
 
     wanted = recipe.model
     if wanted.name_or_path:
+        from vir_hf.loading import load_processor
+
         return load_processor(wanted.name_or_path, wanted.template, wanted.revision)
     if not (wanted.language_model and wanted.vision_tower):
         raise RecipeError(
