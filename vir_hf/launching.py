@@ -77,7 +77,7 @@ def choose_config(recipe: Recipe, num_gpus: int, gpu_bytes: int) -> tuple[str, s
         # bf16 weights and gradients, fp32 master and two moments
         if 16 * weights < 0.7 * gpu_bytes:
             return "multi_gpu", f"{weights / 1e9:.1f}B parameters with their optimizer fit on each GPU"
-        if (2 + 14 / num_gpus) * weights < 0.7 * gpu_bytes:
+        if (2 + 14 / num_gpus) * weights < 0.6 * gpu_bytes:
             return (
                 "zero2",
                 f"{weights / 1e9:.1f}B parameters fit on each GPU, their gradients and optimizer are shared out",
