@@ -21,27 +21,28 @@ from pathlib import Path
 from PIL import Image
 
 MEASURE = """
-import json, os, resource, sys, time
-started, cpu = time.perf_counter(), time.process_time()
+import json, resource, sys, time
+started = time.perf_counter()
+{imports}
+imported, cpu = time.perf_counter(), time.process_time()
 {body}
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-own = time.process_time() - cpu
-children = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
-print(json.dumps({{"seconds": round(time.perf_counter() - started, 1), "cpu_seconds": round(own + children, 1),
-                  "peak_mib": round(peak)}}))
+figures = dict(
+    seconds=time.perf_counter() - imported,
+    cpu_seconds=time.process_time() - cpu + sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]),
+    import_seconds=imported - started,
+    peak_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+)
+print(json.dumps({{name: round(value, 1) for name, value in figures.items()}}))
 """
-LOAD = """
-from vir_hf.data import load_llava_dataset
-load_llava_dataset(sys.argv[1], sys.argv[2], decode_images=False)[0]
-"""
-STREAM = """
-from vir_hf.data import load_llava_dataset
-next(iter(load_llava_dataset(sys.argv[1], sys.argv[2], decode_images=False, streaming=True)))
-"""
-CHECK = """
-from vir_hf.checks import check_data
-assert not check_data(sys.argv[1], sys.argv[2]).untrainable_rows
-"""
+LOAD = (
+    "from vir_hf.data import load_llava_dataset",
+    "load_llava_dataset(sys.argv[1], sys.argv[2], decode_images=False)[0]",
+)
+STREAM = (LOAD[0], "next(iter(load_llava_dataset(sys.argv[1], sys.argv[2], decode_images=False, streaming=True)))")
+CHECK = (
+    "from vir_hf.checks import check_data",
+    "assert not check_data(sys.argv[1], sys.argv[2]).untrainable_rows",
+)
 CASES = {
     "first start, one core": (LOAD, True),
     "second start, one core": (LOAD, True),
@@ -64,9 +65,9 @@ def main() -> int:
         root = Path(temporary)
         path, images = make_files(root, options)
         figures = {"num_rows": options.rows, "megabytes": round(path.stat().st_size / 1e6), "cases": {}}
-        for name, (body, one_core) in CASES.items():
+        for name, (code, one_core) in CASES.items():
             if options.only in name:
-                figures["cases"][name] = measure(body, one_core, path, images, root)
+                figures["cases"][name] = measure(code, one_core, path, images, root)
                 print(name, figures["cases"][name], flush=True)
     if options.json == "-":
         print(json.dumps(figures, indent=2))
@@ -115,8 +116,9 @@ def link(originals: list[Path], number: int, target: Path) -> None:
     os.link(originals[which], target)
 
 
-def measure(body: str, one_core: bool, path: Path, images: Path, root: Path) -> dict[str, float]:
-    command = [sys.executable, "-c", MEASURE.format(body=body), str(path), str(images)]
+def measure(code: tuple[str, str], one_core: bool, path: Path, images: Path, root: Path) -> dict[str, float]:
+    script = MEASURE.format(imports=code[0], body=code[1])
+    command = [sys.executable, "-c", script, str(path), str(images)]
     environment = {**os.environ, "HF_DATASETS_CACHE": str(root / "cache"), "OMP_NUM_THREADS": "1"}
 
     def pin() -> None:
