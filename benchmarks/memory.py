@@ -64,6 +64,9 @@ def main() -> int:
     parser.add_argument("--micro-batches", type=int, default=2, help="micro-batches a step")
     parser.add_argument("--words", type=int, default=100, help="words a row besides its picture")
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument(
+        "--threshold", type=int, metavar="KIB", help="on a CPU: KiB from which tensors are mapped; 0 leaves it to glibc"
+    )
     parser.add_argument("--json", help="write the figures to a file, or - for standard output")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--work", help=argparse.SUPPRESS)
@@ -148,6 +151,7 @@ def run_case(options: argparse.Namespace) -> dict[str, Any]:
 
     has_cuda = torch.cuda.is_available()
     measured: dict[str, int] = {}
+    cpu_seconds: list[float] = []
 
     class Meter(TrainerCallback):
         def on_train_begin(self, *_: Any, **__: Any) -> None:
@@ -158,10 +162,12 @@ def run_case(options: argparse.Namespace) -> dict[str, Any]:
                 measured["ready"] = resident("VmRSS")
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
+            cpu_seconds.append(time.process_time())
             measured["peak"] = torch.cuda.max_memory_allocated() if has_cuda else resident("VmHWM")
 
     if not has_cuda:
-        hardware.return_freed_tensors()
+        if options.threshold != 0:
+            hardware.return_freed_tensors(*([options.threshold * 1024] if options.threshold else []))
         measured["process"] = resident("VmRSS")
     start = time.perf_counter()
     training.train(recipe, callbacks=[Meter()])
@@ -179,18 +185,20 @@ def run_case(options: argparse.Namespace) -> dict[str, Any]:
         "parts": estimate.parts,
         "moments": estimate.moments,
         "seconds": seconds,
+        # After the first step, which also builds the optimizer's state.
+        "cpu_seconds_a_step": (cpu_seconds[-1] - cpu_seconds[0]) / (len(cpu_seconds) - 1) if cpu_seconds[1:] else None,
     }
 
 
 def statistics_of(recipe: Any) -> Any:
     """Lengths of the rows, encoded as training encodes them."""
     from vir_hf.conversations import encode_row
+    from vir_hf.data import load_recipe_rows
     from vir_hf.dataset_statistics import DatasetStatistics
     from vir_hf.loading import build
-    from vir_hf.training import load_rows
 
     _, processor = build(recipe.model.language_model, recipe.model.vision_tower, recipe.model.template)
-    encodings = [encode_row(row, processor) for row in load_rows(recipe)]
+    encodings = [encode_row(row, processor) for row in load_recipe_rows(recipe)]
     lengths = [(len(one["input_ids"]), 1, sum(label >= 0 for label in one["labels"])) for one in encodings]
     return DatasetStatistics.of_lengths(lengths, max_length=recipe.training.max_length)
 

@@ -34,7 +34,18 @@ FULL = ("lora=none", "quantization=none", "trainable.language_model=full")
 LORA = ("lora.lora_dropout=0.0", "quantization=none")
 DROPOUT = ("lora.lora_dropout=0.1", "quantization=none")
 FROZEN = ("lora=none", "quantization=none", "trainable.language_model=frozen")
+QLORA = ("lora.lora_dropout=0.0", "quantization.only_on_cuda=false")
+QLORA_DROPOUT = ("lora.lora_dropout=0.1", "quantization.only_on_cuda=false")
 BF16 = ("model.dtype=bfloat16",)
+
+WAYS = {
+    "full": FULL,
+    "lora": LORA,
+    "dropout": DROPOUT,
+    "frozen": FROZEN,
+    "qlora": QLORA,
+    "qlora-dropout": QLORA_DROPOUT,
+}
 
 
 @pytest.fixture(scope="module")
@@ -103,12 +114,16 @@ def text_batch(model: Any, num_tokens: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("language_model", ["lm", "lm_full_heads"])
 @pytest.mark.parametrize(
     "changes",
-    [FULL, LORA, DROPOUT, FROZEN, (*FULL, *BF16), (*LORA, *BF16), (*DROPOUT, *BF16), (*FROZEN, *BF16)],
-    ids=lambda changes: " ".join(word.rsplit(".", 1)[-1] for word in changes),
+    [
+        *(pytest.param(changes, id=name) for name, changes in WAYS.items()),
+        *(pytest.param((*changes, *BF16), id=f"{name}-bf16") for name, changes in WAYS.items()),
+    ],
 )
 def test_bytes_a_block_keeps_equal_what_autograd_saves(
     wide_parts: Path, changes: tuple[str, ...], language_model: str
 ) -> None:
+    if "quantization.only_on_cuda=false" in changes:
+        pytest.importorskip("bitsandbytes")
     recipe = recipe_of(wide_parts, *changes, language_model=language_model)
     model = real_model(recipe).train()
     estimator = Estimator(recipe, hardware.device_named("cpu"))
@@ -467,6 +482,13 @@ print((resident() - before) // 1024)
     if not is_set:
         pytest.skip("this C library has no mallopt")
     assert grown < 8  # MiB, of 64 that were made and freed
+
+
+def test_the_heads_tiles_are_trls_own() -> None:
+    from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+
+    assert (activations.TILE_TOKENS, activations.TILE_VOCABULARY) == (TOKEN_CHUNK_SIZE, _CHUNKED_LOGPROB_CHUNK_SIZE)
 
 
 def test_every_packaged_experiment_can_be_planned() -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from vir_hf.shapes import BlockShape, ModelShape
 
 # TRL scores supervised positions in tiles of this many tokens and vocabulary entries (trl.kernels, trl.trainer.utils).
-_TILE_TOKENS, _TILE_VOCABULARY = 4096, 32768
+TILE_TOKENS, TILE_VOCABULARY = 4096, 32768
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,8 @@ def _linear_inputs(block: BlockShape, numerics: Numerics) -> float:
         elif trained:
             total += len(trained) * width * compute  # autocast makes a copy for each
         if adapted:
-            widens = not numerics.is_quantised and source != 4  # PEFT casts to the adapter's fp32 first
+            # PEFT casts to the adapter's fp32 first; over quantised weights not under CUDA's autocast.
+            widens = source != 4 and not (numerics.is_quantised and not numerics.on_cpu)
             if numerics.lora_dropout:
                 mask = (4 if widens else source) if numerics.on_cpu else 1
                 total += len(adapted) * width * (mask + compute)
@@ -145,7 +146,7 @@ def outside_blocks(model: ModelShape, numerics: Numerics, tokens: int, supervise
 
 def head_bytes(model: ModelShape, numerics: Numerics, supervised: int) -> float:
     """Bytes the language-model head takes at its peak: one tile of logits, never all of them, and the gradients."""
-    tile = min(supervised, _TILE_TOKENS) * min(model.vocab_size, _TILE_VOCABULARY)
+    tile = min(supervised, TILE_TOKENS) * min(model.vocab_size, TILE_VOCABULARY)
     # Triton turns the tile into its gradient in place; the plain torch path holds seven fp32 tensors of its size beside it,
     # and a mask.
     logits = tile * (numerics.compute_bytes if not numerics.on_cpu else numerics.compute_bytes + 7 * 4 + 1)

@@ -95,6 +95,19 @@ class Estimate:
 
 
 @dataclass(frozen=True)
+class _Flow:
+    """Bytes of a micro-batch: held until the backward pass, one block's, autocast's copies, gradients in a block, ..."""
+
+    held: float
+    one_block: float
+    casts: float
+    backward: float
+    head: float
+    tower: float
+    features: float
+
+
+@dataclass(frozen=True)
 class Choice:
     """An accelerate config, whether activations are recomputed and why, and what one rank then needs."""
 
@@ -197,55 +210,67 @@ class Estimator:
     def estimate(self, batch: Batch, checkpointing: bool, layout: Layout | None = None) -> Estimate:
         """Return the memory of one rank; of the preferred accelerate config if none is given."""
         layout = layout or self.layouts[0]
-        model, numerics = self.model, self.numerics(layout)
-        kept = self._persistent(layout)
-        gradients = self._gradients(layout)
-        text, vision = model.text, model.vision
-        per_block = batch.tokens * sum(activations.saved_per_token(text, numerics, model.rank).values())
-        casts = activations.cast_weights(text, numerics, model.rank)
-        tower_tokens = batch.images * model.num_tower_tokens
-        in_tower = self.tower_numerics(layout)
-        per_tower_block = tower_tokens * sum(activations.saved_per_token(vision, in_tower, model.rank).values())
-        block_input = batch.tokens * text.hidden_size * numerics.stream_bytes
-        tower_input = tower_tokens * vision.hidden_size * numerics.compute_bytes
-        around = activations.outside_blocks(model, numerics, batch.tokens, batch.supervised)
-        features = batch.images * activations.features_per_image(model, numerics)
-        if checkpointing:
-            held = text.num_run * block_input + vision.num_trained * tower_input + around + features
-            at_work = per_block + casts
-        else:
-            held = text.num_run * (per_block + casts) + vision.num_trained * per_tower_block + around + features
-            at_work = 0.0
-        backward = batch.tokens * activations.backward_per_token(text, numerics)
-        head = activations.head_bytes(model, numerics, batch.supervised)
-        dequantised = text.largest_linear * numerics.compute_bytes if self.is_quantised else 0
-        pixels = batch.step_images * 3 * model.image_size**2 * 4
-        tower = batch.images * activations.tower_per_image(model, numerics)
+        kept, gradients = self._persistent(layout), self._gradients(layout)
+        buckets = bucket_bytes(layout, self.model.count(is_trained=True), self._ranks(layout))
+        pixels = batch.step_images * 3 * self.model.image_size**2 * 4  # a step's pictures arrive together, in fp32
+        flow = self._flow(batch, checkpointing, layout)
+        at_work = flow.one_block if checkpointing else 0.0
         parts = {
-            **{name: round(size) for name, size in kept.items()},
-            "gradients": round(gradients),
-            "gradient buckets": bucket_bytes(layout, model.count(is_trained=True), self._ranks(layout)),
-            "pixel values of the step": round(pixels),
-            "vision tower at work": round(tower),
-            "activations": round(held + at_work),
-            "inside the backward pass": round(backward + dequantised),
-            "logits": round(head),
+            **kept,
+            "gradients": gradients,
+            "gradient buckets": buckets,
+            "pixel values of the step": pixels,
+            "vision tower at work": flow.tower,
+            "activations": flow.held + at_work,
+            "inside the backward pass": flow.backward,
+            "logits": flow.head,
         }
-        base = sum(kept.values()) + parts["gradient buckets"] + pixels
+        base = sum(kept.values()) + buckets + pixels
         carried = gradients if batch.num_micro_batches > 1 else 0.0
-        all_casts = text.num_run * casts if checkpointing else 0.0  # autocast keeps its copies until the loss is there
         moments = {
-            "tower": base + carried + tower,
-            "loss": base + carried + held + all_casts + head,
-            "start of the backward pass": base + carried + held + at_work + backward + dequantised,
-            "end of the backward pass": base + gradients + features + (per_block + casts) + backward + dequantised,
+            "tower": base + carried + flow.tower,
+            "loss": base + carried + flow.held + flow.casts + flow.head,
+            "start of the backward pass": base + carried + flow.held + at_work + flow.backward,
+            "end of the backward pass": base + gradients + flow.features + flow.one_block + flow.backward,
             "optimizer step": base + gradients + self._optimizer_scratch(layout),
         }
+        overhead = CPU_PROCESS_BYTES
         if self.device.kind == "cuda":
             overhead = CUDA_CONTEXT_BYTES + round(_FRAGMENTATION * (max(moments.values()) - base))
+        return Estimate(
+            {name: round(size) for name, size in parts.items()},
+            {name: round(size) for name, size in moments.items()},
+            overhead,
+            self._host(layout),
+        )
+
+    def _flow(self, batch: Batch, checkpointing: bool, layout: Layout) -> _Flow:
+        """What comes and goes within a micro-batch."""
+        model, numerics = self.model, self.numerics(layout)
+        text, vision = model.text, model.vision
+        casts = activations.cast_weights(text, numerics, model.rank)
+        one_block = casts + batch.tokens * sum(activations.saved_per_token(text, numerics, model.rank).values())
+        tower_tokens = batch.images * model.num_tower_tokens
+        features = batch.images * activations.features_per_image(model, numerics)
+        held = features + activations.outside_blocks(model, numerics, batch.tokens, batch.supervised)
+        if checkpointing:  # the blocks' inputs alone
+            held += text.num_run * batch.tokens * text.hidden_size * numerics.stream_bytes
+            held += vision.num_trained * tower_tokens * vision.hidden_size * numerics.compute_bytes
         else:
-            overhead = CPU_PROCESS_BYTES
-        return Estimate(parts, {name: round(size) for name, size in moments.items()}, overhead, self._host(layout))
+            saved_in_tower = activations.saved_per_token(vision, self.tower_numerics(layout), model.rank)
+            held += text.num_run * one_block + vision.num_trained * tower_tokens * sum(saved_in_tower.values())
+        dequantised = text.largest_linear * numerics.compute_bytes if self.is_quantised else 0
+        is_cached = bool(self.recipe.training.feature_cache)
+        return _Flow(
+            held=held,
+            one_block=one_block,
+            # Autocast keeps its copies of all blocks until the loss is there; without checkpointing they are held anyway.
+            casts=text.num_run * casts if checkpointing else 0.0,
+            backward=batch.tokens * activations.backward_per_token(text, numerics) + dequantised,
+            head=activations.head_bytes(model, numerics, batch.supervised),
+            tower=0.0 if is_cached else batch.images * activations.tower_per_image(model, numerics),
+            features=features,
+        )
 
     def _ranks(self, layout: Layout) -> int:
         return 1 if layout.is_single else self.world_size
@@ -270,6 +295,10 @@ class Estimator:
             kept["gathered weights"] = gathered_bytes(layout, model)
         if self.device.kind == "cuda":
             kept["cuBLAS workspace"] = _CUBLAS_WORKSPACE_BYTES
+        elif self.is_quantised and model.file_dtype == self.precision.split()[0]:
+            # Weights of the file's own type stay mapped, and with them the pages that quantising read.
+            read = sum(group.num_weights for group in model.weights if group.is_quantised)
+            kept["file pages of quantised weights"] = read * self.element_bytes
         return kept
 
     def _gradients(self, layout: Layout) -> float:

@@ -177,7 +177,7 @@ _M_MMAP_THRESHOLD = -3
 _MMAP_THRESHOLD_BYTES = 2**18
 
 
-def return_freed_tensors() -> bool:
+def return_freed_tensors(threshold_bytes: int = _MMAP_THRESHOLD_BYTES) -> bool:
     """Make freed tensors on the CPU go back to the system at once; true if this C library can do it.
 
     glibc raises the size from which it asks the system for memory up to 32 MiB as a program runs. The activations of a
@@ -187,4 +187,4 @@ def return_freed_tensors() -> bool:
     if not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES) == 1
+    return mallopt is not None and mallopt(_M_MMAP_THRESHOLD, threshold_bytes) == 1

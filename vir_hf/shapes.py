@@ -95,11 +95,18 @@ class WeightGroup:
     num_bytes: int
     is_trained: bool
     is_adapter: bool = False
+    is_quantised: bool = False
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Everything the memory and time of a run depend on, of its model."""
+    """Everything the memory and time of a run depend on, of its model.
+
+    Attributes:
+        rank: of the adapters, 0 without.
+        file_dtype: of the weights on disk, where the config says it.
+        sources: where each config was read.
+    """
 
     weights: tuple[WeightGroup, ...]
     text: BlockShape
@@ -111,6 +118,7 @@ class ModelShape:
     vision_width: int
     head_is_trained: bool
     rank: int
+    file_dtype: str | None
     sources: tuple[str, ...]
 
     def count(self, *, is_trained: bool | None = None, part: str | None = None) -> int:
@@ -175,6 +183,7 @@ def _describe(recipe: Recipe, dtype: torch.dtype) -> ModelShape:
         num_image_tokens=num_patches + keeps_class_token,
         vision_width=vision.hidden_size * len(selected),
         head_is_trained=bool(head.weight.requires_grad),
+        file_dtype=str(text.dtype).removeprefix("torch.") if getattr(text, "dtype", None) else None,
         rank=int(recipe.lora.arguments.get("r") or 8) if recipe.lora.arguments else 0,
         sources=sources,
     )
@@ -306,20 +315,21 @@ def _quietly_make_trainable(model: LlavaForCausalLM, recipe: Recipe) -> Any:
 
 def _weight_groups(model: nn.Module, quantised: set[int], recipe: Recipe) -> tuple[WeightGroup, ...]:
     """Count every weight once, by part, storage and whether it learns."""
-    counts: dict[tuple[str, str, bool, bool], list[float]] = {}
+    counts: dict[tuple[str, str, bool, bool, bool], list[float]] = {}
     arguments = recipe.quantization.arguments
     for name, parameter in model.named_parameters():
         part = part_of(name)
         storage, size = str(parameter.dtype).removeprefix("torch."), float(parameter.element_size())
-        if id(parameter) in quantised and not parameter.requires_grad:
+        is_quantised = id(parameter) in quantised and not parameter.requires_grad
+        if is_quantised:
             storage, size = _quantised_storage(recipe.quantization.bits, arguments)
-        key = (part, storage, parameter.requires_grad, "lora_" in name)
+        key = (part, storage, parameter.requires_grad, "lora_" in name, is_quantised)
         group = counts.setdefault(key, [0, 0.0])
         group[0] += parameter.numel()
         group[1] += parameter.numel() * size
     return tuple(
-        WeightGroup(part, storage, int(number), round(size), is_trained, is_adapter)
-        for (part, storage, is_trained, is_adapter), (number, size) in counts.items()
+        WeightGroup(part, storage, int(number), round(size), *flags)
+        for (part, storage, *flags), (number, size) in counts.items()
     )
 
 

@@ -117,8 +117,12 @@ def print_plan(made: Plan, console: Console | None = None) -> None:
     elif not made.fits:
         console.print("No change of the recipe that was tried fits: a larger device or more of them is needed.")
     console.print(_time_table(made))
+    rate = f"at {made.tflops:.3g} TFLOP/s a device: " if made.tflops else ""
+    console.print(f"{rate}{made.tflops_source}", highlight=False)
     if made.num_nodes * made.gpus_per_node > 1:
         console.print(_layout_table(made))
+        beside = "" if made.step_seconds is None else f"a step computes for {duration(made.step_seconds)}; "
+        console.print(f"{beside}what is sent meanwhile costs no time", highlight=False)
     for note in made.notes:
         console.print(f"- {note}", highlight=False)
 
@@ -186,8 +190,6 @@ def _time_table(made: Plan) -> Table:
             f"{made.epoch_flops / 1e15:,.3g}",
             duration(made.epoch_seconds),
         )
-    table.caption = (f"at {made.tflops:.3g} TFLOP/s a device: " if made.tflops else "") + made.tflops_source
-    table.caption_justify = "left"
     return table
 
 
@@ -210,8 +212,6 @@ def _layout_table(made: Plan) -> Table:
             f"{layout.communication_bytes / 1e9:.2f}",
             duration(layout.communication_seconds),
         )
-    table.caption = f"a step computes for {duration(made.step_seconds)}; what is sent meanwhile costs no time"
-    table.caption_justify = "left"
     return table
 
 
