@@ -78,6 +78,9 @@ def test_a_data_set_by_its_name_and_a_file_of_one(server: minihub.Hub, tmp_path:
     for words in (["user/pictures"], ["hf://datasets/user/plain/rows.json", str(tmp_path / "images")]):
         done = run(server, tmp_path, "-c", LOAD, *words)
         assert [json.loads(line) for line in done.stdout.splitlines()] == [expected, expected], done.stderr
+    checked = run(server, tmp_path, "-m", "vir_hf.cli", "data", "check", "user/pictures", "--json", "-")
+    report = json.loads(checked.stdout)
+    assert (checked.returncode, report["num_rows"], report["num_images"]) == (0, 5, 5), checked.stderr
     missing = run(server, tmp_path, "-c", LOAD, "user/nothing")
     assert "DataError: user/nothing: neither a file here nor a Hub data set" in missing.stderr
 

@@ -234,6 +234,14 @@ class TestArchives:
         archive.rename(folder / f"train2017{archive.suffix}")
         assert open_image("coco/train2017/000000000009.jpg", folder.parent).size == (8, 4)
 
+    def test_the_place_of_a_member_must_lie_in_the_folder_too(self, archive: Path, tmp_path: Path):
+        place = f"{archive.suffix[1:]}://train2017/000000000009.jpg::{archive}"
+        assert open_image(place).size == (8, 4)
+        assert open_image(place, archive).size == (8, 4)
+        assert open_image(place, tmp_path).size == (8, 4)
+        (tmp_path / "other").mkdir()
+        assert kind_of(place, tmp_path / "other") == "image_outside_folder"
+
     def test_two_processes_read_one_archive(self, archive: Path):
         from concurrent.futures import ProcessPoolExecutor
         from multiprocessing import get_context

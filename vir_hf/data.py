@@ -12,13 +12,13 @@ from typing import Any
 
 import datasets
 import numpy as np
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, snapshot_download
 
 from vir_hf.errors import DataError, ImageError, RecipeError
 from vir_hf.image_folder import ImageFolder
 from vir_hf.images import open_image
 from vir_hf.row_cache import cache_folder, cached_rows, fingerprint, read_bad_rows
-from vir_hf.row_files import RowRange, find_data_files, read_rows, split_rows
+from vir_hf.row_files import DATA_SUFFIXES, RowRange, find_data_files, read_rows, split_rows
 from vir_hf.rows import BadRow, BadRowPolicy, normalise_row
 
 logger = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def load_llava_dataset(
     policy = BadRowPolicy(on_bad_row, on_bad_image, max_bad_fraction)
     path = local_path(path)
     source: _FileRows | _HubRows
-    if not os.path.exists(path) and _HUB_ID.match(path) and not path.endswith((".json", ".jsonl", ".parquet")):
+    if not os.path.exists(path) and is_hub_id(path):
         folder = None if image_folder is None else ImageFolder(image_folder, allow_urls=allow_urls)
         source = _HubRows(path, split, folder, streaming)
     else:
@@ -331,6 +331,26 @@ def _without_decoding(dataset: Any) -> Any:
 def _open_cache(name: str, rows: Iterator[dict[str, Any] | BadRow]) -> tuple[datasets.Dataset, list[BadRow]]:
     path, bad_rows = cached_rows(name, rows)
     return datasets.Dataset.from_file(str(path), info=datasets.DatasetInfo(features=ROW_FEATURES)), bad_rows
+
+
+def local_data(path: str | os.PathLike[str]) -> str:
+    """Return where the data files of a path lie: like `local_path`, and of a Hub data set all its files of rows."""
+    path = local_path(path)
+    if os.path.exists(path) or not is_hub_id(path):
+        return path
+    try:
+        patterns = [f"*{suffix}" for suffix in DATA_SUFFIXES]
+        return snapshot_download(path, repo_type="dataset", allow_patterns=patterns)
+    except Exception as error:  # the same as below
+        raise DataError(
+            f"{path}: neither a file here nor a Hub data set that can be fetched ({type(error).__name__}: {error}). Check the "
+            "spelling, the connection, and `hf auth login` for a gated one."
+        ) from error
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether a path that is no file here can be the name of a Hub data set, `owner/name`."""
+    return bool(_HUB_ID.match(path)) and not path.endswith(DATA_SUFFIXES)
 
 
 def local_path(path: str | os.PathLike[str]) -> str:

@@ -74,6 +74,10 @@ class ImageFolder:
                 f"{reference}: is a URL, and URLs are not opened. Download the pictures first "
                 "(vir-hf data prepare), or set data.allow_urls=true.",
             )
+        in_archive = split_place(reference)
+        if in_archive:  # a place already, as `locate` gives it
+            self._refuse_outside(os.path.realpath(in_archive[0]), reference)
+            return reference
         if not reference or "\0" in reference:
             raise ImageError("image_missing", f"{reference!r}: is no file name; expected a path below {self.path}.")
         if self.is_archive:

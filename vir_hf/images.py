@@ -71,7 +71,7 @@ def read_image_bytes(
             f"image: found {type(source).__name__}; expected a path, bytes, {{path, bytes}} or a PIL image."
         )
     path = os.fspath(source)
-    if image_folder is not None and not (split_place(path) or (allow_urls and is_url(path))):
+    if image_folder is not None and not (allow_urls and is_url(path)):
         folder = image_folder if isinstance(image_folder, ImageFolder) else ImageFolder(image_folder)
         path = folder.locate(path)
     return read_bytes(path, allow_urls=allow_urls), path

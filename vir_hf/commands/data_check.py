@@ -39,6 +39,10 @@ def main(argv: list[str]) -> int:
     from vir_hf.checks import check_data, without_kinds
 
     target = _target(arguments)
+    if not os.path.exists(target["path"]):
+        from vir_hf.data import local_data
+
+        target["path"] = local_data(target["path"])
     with _progress_bar() as progress:
         report = check_data(
             target["path"],

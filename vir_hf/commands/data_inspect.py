@@ -102,6 +102,7 @@ def _open(arguments: argparse.Namespace) -> tuple[Any, Any, int | None, str]:
         from vir_hf.recipe import load_recipe
 
         recipe = load_recipe(arguments.target)
+        recipe.data.streaming = False  # rows are chosen by number here
         rows = load_recipe_rows(recipe)
         lead = f"{' '.join(arguments.target)}: template {recipe.model.template}"
         return load_recipe_processor(recipe), rows, arguments.max_length or recipe.training.max_length, lead
