@@ -119,6 +119,7 @@ def pretrain_recipe(recipe: Recipe, data: Path, parts: Path, num_rows: int) -> R
     first.training.arguments |= {
         "output_dir": str(Path(recipe.training.output_dir) / "pretrain"),
         "num_train_epochs": 1.0,
+        "max_steps": -1,
     }
     first.trainable.language_model = "frozen"
     return first
