@@ -839,6 +839,8 @@ class TestTruncation:
         assert ids.count(processor.image_token_id) == NUM_IMAGE_TOKENS * cut["num_images"]
         if len(full["input_ids"]) <= max_length:
             assert cut == {**full, "num_images": len(row["image"])}
+        if template == "plain":
+            return  # nothing stands between two answers there, so their spans are one
         # No turn that would have fitted is dropped.
         kept = len([1 for _, end in supervised_spans(full) if end <= max_length])
         assert len(supervised_spans(cut)) == max(1, kept)

@@ -61,7 +61,7 @@ while todo:
     wanted.add(name)
     todo += [need for need in needs if "extra ==" not in need]
 owners = metadata.packages_distributions()
-foreign = {top for top, found in owners.items() if not {norm(one) for one in found} & wanted}
+foreign = {top for top, found in owners.items() if not {norm(one) for one in found} & wanted} - {"vir_hf"}  # its own copy
 class OnlyRequired(importlib.abc.MetaPathFinder):
     def __init__(self, finders):
         self.finders = finders

@@ -36,8 +36,9 @@ def fingerprint_of(name: str, revision: str | None = None) -> str | None:
     if not files:
         return None
     lines: list[str] = []
-    for file in files:
-        lines += _safetensors_lines(file) if file.suffix == ".safetensors" else _torch_lines(file)
+    with torch.device("cpu"):  # also where a model is being made without weights, on the meta device
+        for file in files:
+            lines += _safetensors_lines(file) if file.suffix == ".safetensors" else _torch_lines(file)
     return "sha256:" + hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
