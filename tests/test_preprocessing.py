@@ -110,7 +110,11 @@ def test_what_only_pillow_opens_right_is_left_to_pillow():
     image = noise(64, 48)
     exif = Image.Exif()
     exif[0x0112] = 6
+    upright = Image.Exif()
+    upright[0x0112] = 1
     assert decode_jpeg(jpeg(image)) is not None
+    assert decode_jpeg(jpeg(image, exif=upright)) is not None
+    assert decode_jpeg(jpeg(image, comment=b"Exif Orientation")) is not None
     assert decode_jpeg(jpeg(image.convert("L"))) is not None
     assert decode_jpeg(jpeg(image, exif=exif)) is None
     assert decode_jpeg(jpeg(image.convert("CMYK"))) is None

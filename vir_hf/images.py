@@ -20,8 +20,8 @@ from vir_hf.errors import DataError, ImageError
 from vir_hf.image_folder import ImageFolder, is_url, read_bytes, split_place
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit for a warning (a quarter of a gigabyte as RGB); we refuse there
-_METADATA_BYTES = 2**17  # EXIF and XMP are segments of at most 64 KiB and come first
 _ORIENTATION = 0x0112
+_APP1, _START_OF_SCAN = 0xE1, 0xDA  # markers of a JPEG file
 _TAIL_BYTES = 2**12
 _ENDINGS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # what stands at or near the end of a whole file
 _SAME_FORMATS = {"JPEG": ("MPO",), "PNG": ("APNG",), "TIFF": ("MPO",), "DIB": ("BMP",), "BMP": ("DIB",)}
@@ -179,8 +179,8 @@ def is_misnamed(name: str, image_format: str) -> bool:
 
 
 def is_upright(data: bytes) -> bool:
-    """Whether no orientation other than upright is recorded in the bytes of an image file."""
-    if b"Exif" not in data[:_METADATA_BYTES] and b"Orientation" not in data[:_METADATA_BYTES]:
+    """Whether a JPEG file records no orientation other than upright."""
+    if not _may_have_orientation(data):
         return True
     try:
         with warnings.catch_warnings():
@@ -188,6 +188,19 @@ def is_upright(data: bytes) -> bool:
             return bool(Image.open(io.BytesIO(data)).getexif().get(_ORIENTATION, 1) == 1)
     except Exception:  # a damaged header: Pillow shall say so
         return False
+
+
+def _may_have_orientation(data: bytes) -> bool:
+    """Whether a JPEG file has the segment (APP1) that EXIF and XMP lie in, or segments that cannot be followed."""
+    position = 2
+    while data[position : position + 1] == b"\xff" and len(data) > position + 4:
+        marker = data[position + 1]
+        if marker == _START_OF_SCAN:
+            return False
+        if marker == _APP1:
+            return True
+        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+    return True
 
 
 def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
