@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from vir_hf.errors import DataError, ImageError
+from vir_hf.image_folder import ImageFolder
 from vir_hf.images import open_image
 
 
@@ -175,6 +176,12 @@ class TestFolder:
         with pytest.raises(DataError, match="nowhere.*no such folder"):
             open_image("a.png", tmp_path / "nowhere")
 
+    def test_a_folder_travels_to_another_process_without_its_listings(self, folder: Path):
+        known = ImageFolder(folder)
+        known.locate("a.png")
+        assert b"a.png" not in pickle.dumps(known)
+        assert pickle.loads(pickle.dumps(known)).locate("a.png") == known.locate("a.png")
+
     def test_coco_names_resolve_across_editions(self, folder: Path):
         picture = encode(half_red())
         (folder / "000000000009.jpg").write_bytes(picture)
@@ -245,8 +252,6 @@ class TestArchives:
     def test_two_processes_read_one_archive(self, archive: Path):
         from concurrent.futures import ProcessPoolExecutor
         from multiprocessing import get_context
-
-        from vir_hf.image_folder import ImageFolder
 
         place = ImageFolder(archive).locate("000000000009.jpg")
         open_image(place)

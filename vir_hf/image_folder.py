@@ -13,6 +13,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 from vir_hf.archives import ARCHIVE_SUFFIXES, open_archive
 from vir_hf.errors import DataError, ImageError
@@ -49,6 +50,10 @@ class ImageFolder:
             raise DataError(f"image folder {self.path}: is a file; expected a directory, a .zip or a .tar.")
         self._root = os.path.realpath(self.path)
         self._places: dict[str, _Listing | None] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Listings stay behind: another process reads its own, and only those it needs."""
+        return {**self.__dict__, "_places": {}}
 
     @property
     def identity(self) -> str:
