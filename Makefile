@@ -11,7 +11,7 @@ SOURCES := vir_hf tests $(wildcard benchmarks) $(wildcard spaces)
 
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart quickstart-test test check lint types compile browser drills distributed clean
+.PHONY: help quickstart test check lint types compile browser drills distributed clean
 
 help:
 	@echo "make quickstart   train a tiny model on drawn pictures, in minutes, without a GPU or a download"
@@ -52,9 +52,6 @@ compile: $(VENV)/.installed-dev
 # Needs a Chromium on PATH (Debian: apt-get install chromium).
 browser: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m browser tests/test_space.py $(PYTEST_ARGS)
-
-quickstart-test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m full_size $(PYTEST_ARGS)
 
 drills: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m drills $(PYTEST_ARGS)

@@ -28,7 +28,7 @@ def facts() -> RunFacts:
             "num_images": 900,
             "num_tokens": 1000,
             "num_supervised_tokens": 250,
-            "masked_rows": ["a"],
+            "masked_rows": [{"id": "a", "reason": "gone"}],
             "seconds": 7300,
             "device": "NVIDIA H200",
             "world_size": 2,

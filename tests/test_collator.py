@@ -119,7 +119,9 @@ def test_a_broken_picture_raises_with_its_row_or_masks_it(parts, tmp_path: Path,
         LlavaDataCollator(processor, padding_free=padding_free)([rows[0], bad])
     collator = LlavaDataCollator(processor, padding_free=padding_free, on_bad_image="skip", with_row_ids=True)
     batch = collator([rows[0], bad])
-    assert batch["masked_rows"] == ["the-bad-one"] and set(batch["row_ids"]) == {"row-0", "the-bad-one"}
+    assert [row["id"] for row in batch["masked_rows"]] == ["the-bad-one"]
+    assert "broken.png" in batch["masked_rows"][0]["reason"]
+    assert set(batch["row_ids"]) == {"row-0", "the-bad-one"}
     good = collator([rows[0]])
     assert (batch["labels"] != -100).sum() == (good["labels"] != -100).sum()
 

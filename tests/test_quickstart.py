@@ -96,7 +96,7 @@ def true_answer(question: str, things: frozenset[Thing]) -> str:
 def test_every_answer_is_true_of_its_picture(drawn: Path) -> None:
     for name in ("finetune", "heldout"):
         for row in read_rows(drawn / f"{name}.json"):
-            if row["id"].startswith("describe"):
+            if row["image"] == "blank.png" or row["id"].startswith("describe"):
                 continue
             things = see(drawn / "images" / row["image"])
             for question, answer in questions_of(row):
@@ -107,10 +107,10 @@ def test_every_caption_names_what_is_there(drawn: Path) -> None:
     descriptions = [row for row in read_rows(drawn / "finetune.json") if row["id"].startswith("describe")]
     assert len(descriptions) == 120
     for row in [*read_rows(drawn / "pretrain.json"), *descriptions]:
-        caption = row["conversations"][1]["value"]
+        said = [frozenset(part.split()) for part in row["conversations"][1]["value"].rstrip(".").split(", ")]
         things = see(drawn / "images" / row["image"])
-        assert caption.count(" and ") == len(things) - 1
-        assert all(f"{it.colour} {it.shape} at the {it.place}" in caption for it in things)
+        assert len(said) == len(things)
+        assert set(said) == {frozenset({it.colour, it.shape, it.place}) for it in things}
 
 
 def test_no_training_picture_shows_a_heldout_scene(drawn: Path) -> None:
@@ -157,12 +157,18 @@ def test_a_conversation_asks_about_each_object_but_never_gives_an_answer_away() 
     rng = Random(1)
     for _ in range(200):
         scene = random_scene(rng.randint(1, 4), rng)
-        asked = converse(scene, rng)
-        assert len(asked) == len(set(asked)) == 1 + 2 * len(scene)
-        assert set(asked) <= set(ask_about(scene))
-        for thing in scene:
-            about = [q.kind for q in asked if thing.colour in q.text.split() or f"{thing.place}?" in q.text.split()]
-            assert sorted(about) in (["colour", "shape"], ["position", "shape"])
+        talks = converse(scene, rng)
+        for talk, allowed in zip(talks, ({"colour", "count"}, {"position", "shape"}), strict=True):
+            assert len(talk) == len(set(talk)) and set(talk) <= set(ask_about(scene))
+            assert {question.kind for question in talk} <= allowed
+        assert sum(question.kind == "colour" for question in talks[0]) == len(scene)
+        assert sum(question.kind == "position" for question in talks[1]) == len(scene)
+
+
+def test_a_few_questions_have_lost_their_picture(drawn: Path) -> None:
+    shown = Counter(row["image"] == "blank.png" for row in read_rows(drawn / "finetune.json"))
+    assert shown == {True: 2 * 4, False: 2 * 116 + 120}  # of 120 scenes, 0, 31, 62 and 93
+    assert not see(drawn / "images" / "blank.png")
 
 
 def test_objects_stay_in_their_quarter_and_a_blank_picture_is_blank() -> None:
@@ -188,7 +194,7 @@ def make_processor(folder: Path, template: str) -> LlavaProcessor:
 
 
 def words_of(text: str) -> list[str]:
-    return text.lower().replace(".", " .").split()
+    return text.lower().replace(".", " .").replace(",", " ,").split()
 
 
 def test_labels_are_the_answers_and_their_ends_alone(drawn: Path) -> None:
@@ -372,12 +378,12 @@ def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path
         run_quickstart(recipe)
 
 
-@pytest.mark.full_size
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_real_command_learns_to_see(tmp_path: Path) -> None:
     """At full size, as a user types it. How long it may take is a promise of the README, not of a test on a shared machine."""
     command = [sys.executable, "-m", "vir_hf.cli", "train", "experiment=quickstart", f"training.output_dir={tmp_path}"]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "MKL_"))}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # other tests run beside it
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     metrics = json.loads((tmp_path / "metrics.json").read_text())

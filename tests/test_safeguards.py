@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from vir_hf import training
-from vir_hf.errors import RunError
+from vir_hf.errors import DataError, RunError
 from vir_hf.recipe import Recipe, load_recipe
 from vir_hf.training import train
 
@@ -114,9 +114,15 @@ def test_micro_batches_with_nothing_supervised_are_counted_and_harmless(tiny_par
     (tmp_path / "images" / "0005.png").write_bytes(b"no picture")
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     data = [f"data.data_path={tmp_path / 'rows.json'}", f"data.image_folder={tmp_path / 'images'}"]
-    more = [*data, "data.on_bad_image=skip", "data.max_bad_fraction=1", "training.per_device_train_batch_size=1"]
-    metrics = train(recipe_for(tiny_parts, tmp_path / "run", *more))
+    # As if it had broken after the check.
+    more = [*data, "data.on_bad_image=skip", "data.check=false", "training.per_device_train_batch_size=1"]
+    with pytest.raises(
+        DataError, match=r"step 1: pictures cannot be opened; the last is row .*data.max_bad_fraction=0.05"
+    ):
+        train(recipe_for(tiny_parts, tmp_path / "stopped", *more))
+    metrics = train(recipe_for(tiny_parts, tmp_path / "run", *more, "data.max_bad_fraction=0.99"))
     assert metrics["unsupervised_micro_batches"] == len(metrics["masked_rows"]) > 0
+    assert all("0005.png" in row["reason"] for row in metrics["masked_rows"])
     assert all(bool(torch.isfinite(tensor).all()) for tensor in weights_of(tmp_path / "run").values())
 
 

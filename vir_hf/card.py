@@ -279,8 +279,7 @@ def _data(facts: RunFacts) -> str:
     rows += [(f"rows left out: {reason}", f"{count:,}") for reason, count in dropped.items()]
     masked = metrics.get("masked_rows")
     if masked is not None:
-        count = len(masked) if isinstance(masked, Sequence) else int(masked)
-        rows.append(("rows not learned because a picture could not be opened", f"{count:,}"))
+        rows.append(("rows not learned because a picture could not be opened", f"{len(masked):,}"))
     names = ", ".join(f"[{name}](https://huggingface.co/datasets/{name})" for name in facts.datasets)
     head = f"From {names}." if names else "From files that are not on the Hub."
     note = "Rows and pictures are counted each time they were seen."

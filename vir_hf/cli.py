@@ -45,7 +45,7 @@ COMMANDS = {
     "chat": Command("vir_hf.commands.chat", "talk to a model about pictures in the terminal"),
     "answer": Command("vir_hf.commands.answer", "answer one question, or a file of them"),
     "demo": Command("vir_hf.commands.demo", "open the demo in a browser, on this machine"),
-    "evaluate": Command("vir_hf.commands.evaluate", "measure a model on held-out rows or with lmms-eval"),
+    "evaluate": Command("vir_hf.commands.evaluate", "measure a run on held-out rows, before and after tuning"),
     "merge": Command("vir_hf.commands.merge", "write adapter and projector into a plain checkpoint"),
     "export": Command("vir_hf.commands.export", "write a checkpoint for llava-hf, original LLaVA or llama.cpp"),
     "import": Command("vir_hf.commands.import_model", "read a checkpoint of the original LLaVA"),

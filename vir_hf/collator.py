@@ -34,7 +34,7 @@ class _Row:
     input_ids: list[int]
     labels: list[int]
     images: list[int]
-    is_masked: bool = False
+    masked_because: str | None = None
 
 
 @dataclass
@@ -50,7 +50,7 @@ class LlavaDataCollator:
         share_prefixes: rows that begin with the same tokens and the same pictures keep that beginning once.
         on_bad_image: `"raise"`, or `"skip"`: the row stays in the batch with a blank picture and nothing supervised.
         preprocess: turns one image source into a `(3, height, width)` float tensor; by the processor if `None`.
-        with_row_ids: also put `row_ids` and `masked_rows` into the batch (for a trainer that takes them out again).
+        with_row_ids: also put `row_ids` and `masked_rows` (each with id and reason) into the batch, for a trainer to take out.
         feature_lookup: `image source -> (num_patches, vision_hidden)` tensor or `None`; used in place of opening the picture.
     """
 
@@ -88,7 +88,9 @@ class LlavaDataCollator:
         batch.update(pixels)
         if self.with_row_ids:
             batch["row_ids"] = [row.id for row in encoded]
-            batch["masked_rows"] = [row.id for row in encoded if row.is_masked]
+            batch["masked_rows"] = [
+                {"id": row.id, "reason": row.masked_because} for row in encoded if row.masked_because is not None
+            ]
         return batch
 
     def _encode(self, row: Mapping[str, Any], pictures: list[_Picture]) -> _Row:
@@ -131,7 +133,7 @@ class LlavaDataCollator:
                 logger.warning("row %s is masked: %s", names, error)
                 for row in users:
                     row.labels = [IGNORED] * len(row.labels)
-                    row.is_masked = True
+                    row.masked_because = str(error)
                 pixels.append(torch.zeros(3, *self.processor.image_size))
         return {"pixel_values": torch.stack(pixels)}
 

@@ -29,6 +29,7 @@ from vir_hf import checkpoints, resume
 from vir_hf.errors import RunError
 from vir_hf.interop import extract_projector, save_projector
 from vir_hf.loading import rounded_to
+from vir_hf.rows import BadRowPolicy
 from vir_hf.safeguards import MemoryGuard, NumberGuard, can_be_halved, is_finite, is_out_of_memory
 from vir_hf.sampling import StepLoader, StepSampler
 from vir_hf.signals import WorkerSignals, any_rank
@@ -55,7 +56,7 @@ class StepStatistics:
     rows: int = 0
     images: int = 0
     data_seconds: float = 0.0
-    masked_rows: list[str] = field(default_factory=list)
+    masked_rows: list[dict[str, str]] = field(default_factory=list)
     unsupervised_micro_batches: int = 0
 
     def add(self, other: StepStatistics) -> None:
@@ -199,17 +200,33 @@ class LlavaTrainer(SFTTrainer):
         return samples, num_items
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
-        """Supervised tokens of the whole step, over all ranks."""
+        """Supervised tokens of the whole step, over all ranks.
+
+        Raises:
+            DataError: on every rank, when more pictures broke since the start than `data.max_bad_fraction` allows.
+        """
         self.watch.arrived(self.state.global_step + 1)
-        local = sum(
-            int((batch["labels"][..., 1:] != IGNORED).sum())
-            for step in batch_samples
-            for batch in step["micro_batches"]
-        )
-        count = torch.tensor(local, device=device)
+        batches = [batch for step in batch_samples for batch in step["micro_batches"]]
+        supervised = sum(int((batch["labels"][..., 1:] != IGNORED).sum()) for batch in batches)
+        masked = [row for batch in batches for row in batch.get("masked_rows", ())]
+        num_masked = len(masked) + len(self._since_log.masked_rows) + len(self.totals.masked_rows)
+        counts = torch.tensor([supervised, num_masked], device=device)
         if self.args.world_size > 1:
-            count = self.accelerator.gather(count).sum()
-        return count
+            counts = self.accelerator.gather(counts).view(-1, 2).sum(0)
+        if counts[1]:
+            self._enforce_bad_fraction(int(counts[1]), masked)
+        return counts[0]
+
+    def _enforce_bad_fraction(self, num_masked: int, masked: list[dict[str, str]]) -> None:
+        """Count rows masked since the start against the rows there are, or those seen where that is more."""
+        if self.recipe is None:
+            return
+        step = self.state.global_step + 1
+        num_rows = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else 0
+        num_rows = max(num_rows, step * self.step_sampler.rows_per_step)
+        last = f"the last is row {masked[-1]['id']}: {masked[-1]['reason']}" if masked else "see the lines above"
+        policy = BadRowPolicy(max_bad_fraction=self.recipe.data.max_bad_fraction)
+        policy.enforce_fraction(num_masked, num_rows, f"step {step}: pictures cannot be opened; {last}")
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None

@@ -26,8 +26,11 @@ from vir_hf.features import cache_for_training
 from vir_hf.llava.processing_llava import LlavaProcessor
 from vir_hf.loading import Precision, choose_precision, describe_precision, keep_base, load_model_and_processor
 from vir_hf.merging import merged_base
+from vir_hf.picture_check import leave_out_broken_pictures
 from vir_hf.planning import measure_rows, plan_steps
+from vir_hf.preprocessing import ImagePreprocessor, recommended_num_workers
 from vir_hf.progress import StepLines
+from vir_hf.rows import BadRow, BadRowPolicy
 from vir_hf.sampling import StepSampler
 from vir_hf.signals import RunStopped, StopOnSignal
 from vir_hf.streaming import StreamPlan, plan_stream
@@ -38,7 +41,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from vir_hf.recipe import Recipe
-    from vir_hf.rows import BadRow
 
 logger = logging.getLogger(__name__)
 
@@ -159,6 +161,9 @@ def rows_and_plan(
     rows = load_recipe_rows(recipe, bad_rows)
     if recipe.data.streaming:
         return share_of_stream(rows, rank, world_size), plan_stream(recipe, world_size, rank)
+    if recipe.data.check:
+        policy = BadRowPolicy(recipe.data.on_bad_row, recipe.data.on_bad_image, recipe.data.max_bad_fraction)
+        rows = leave_out_broken_pictures(rows, policy, recipe.data.data_path or "data.sources", bad_rows=bad_rows)
     rows, sizes = measure_rows(rows, processor, recipe, bad_rows)
     return rows, plan_steps(recipe, sizes, processor, world_size, rank)
 
@@ -181,6 +186,7 @@ def make_collator(recipe: Recipe, processor: LlavaProcessor) -> LlavaDataCollato
         padding_free=training.padding_free,
         share_prefixes=training.padding_free if training.share_prefixes is None else training.share_prefixes,
         on_bad_image=recipe.data.on_bad_image,
+        preprocess=ImagePreprocessor(processor.image_processor, allow_urls=recipe.data.allow_urls),
         with_row_ids=True,
     )
 
@@ -220,7 +226,7 @@ def training_arguments(recipe: Recipe, precision: Precision) -> Any:
     arguments["push_to_hub"] = False  # the whole run is published once, at its end
     arguments["ddp_timeout"] = 60 * training.timeout_minutes
     if arguments.get("dataloader_num_workers") is None:
-        arguments["dataloader_num_workers"] = default_num_workers()
+        arguments["dataloader_num_workers"] = recommended_num_workers(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if recipe.data.eval_path is None:
         arguments.pop("eval_strategy", None)
     if use_cpu and arguments.get("optim", "").startswith("paged_"):
@@ -240,13 +246,6 @@ def training_arguments(recipe: Recipe, precision: Precision) -> Any:
         ddp_find_unused_parameters=False,
         disable_tqdm=True,
     )
-
-
-def default_num_workers() -> int:
-    """Data loader workers for this machine: one core is left to training, and more than eight never pay."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(0, min(8, cores // local_ranks - 1))
 
 
 def summarise(trainer: LlavaTrainer, recipe: Recipe) -> dict[str, Any]:

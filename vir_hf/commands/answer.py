@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vir_hf.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
-    from vir_hf.inference import Answerer, Prompt, Question
+    from vir_hf.inference import Answerer, Prompt
 
 _EPILOG = """\
 examples:
@@ -132,6 +132,8 @@ def _answer_one(arguments: argparse.Namespace) -> int:
 def _answer_file(arguments: argparse.Namespace) -> int:
     from tqdm.auto import tqdm
 
+    from vir_hf.questions import answered_ids, read_questions
+
     options = generation_options(arguments)
     rows = read_questions(Path(arguments.input))
     output = Path(arguments.output)
@@ -171,6 +173,8 @@ def _encode(
     answerer: Answerer, rows: list[dict[str, Any]], folder: str, system: str | None
 ) -> tuple[list[tuple[dict[str, Any], Prompt]], list[str]]:
     """Return the rows that can be asked, and a line for each that cannot."""
+    from vir_hf.questions import row_question
+
     prompts, failures = [], []
     for row in rows:
         try:
@@ -178,106 +182,3 @@ def _encode(
         except DataError as error:
             failures.append(f"error: id {row['id']!r}: {error}")
     return prompts, failures
-
-
-def read_questions(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a `.jsonl` or `.json` file, each with an `id` (its number if it has none) that no other has.
-
-    Raises:
-        DataError: no such file, a line that is no object, an id that comes twice.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); expected a .jsonl or .json file of questions.") from error
-    is_list = text.lstrip().startswith("[")
-    rows: list[Any] = json_value(text, path) if is_list else []
-    if not is_list:
-        lines = enumerate(text.splitlines(), 1)
-        rows = [json_value(line, f"{path} line {number}") for number, line in lines if line.strip()]
-    seen: dict[str, int] = {}
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise DataError(f"{path} row {number}: found {type(row).__name__}, expected an object with a question.")
-        given = next((row[key] for key in ("id", "question_id") if row.get(key) not in (None, "")), number)
-        row["id"] = str(given)
-        if row["id"] in seen:
-            raise DataError(
-                f"{path}: id {row['id']!r} is that of row {seen[row['id']]} and of row {number}; answers are kept by id, so "
-                "give each row its own."
-            )
-        seen[row["id"]] = number
-    return rows
-
-
-def json_value(text: str, where: str | Path) -> Any:
-    """Return what a JSON text says; what is wrong with it is said with `where` in front."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: is not JSON ({error}); expected one object a line, or a list of objects.") from error
-
-
-def row_question(row: Mapping[str, Any], folder: str, system: str | None = None) -> Question:
-    """Return what a row asks: its `question` (or `text`), or the last human turn of a LLaVA row after the turns before it.
-
-    Raises:
-        DataError: no question in the row, or a picture outside the folder.
-    """
-    from vir_hf.conversations import to_messages
-    from vir_hf.images import open_image
-    from vir_hf.inference import Question
-
-    if row.get("conversations") is None and row.get("messages") is None:
-        text = row.get("question", row.get("text"))
-        if not isinstance(text, str):
-            raise DataError("the row has neither 'question' nor 'conversations'.")
-        row = {"id": row["id"], "images": row.get("images", row.get("image")), "conversations": [("human", text)]}
-        row["conversations"] = [{"from": role, "value": value} for role, value in row["conversations"]]
-    given = to_messages(row)
-    images = iter([open_image(image, folder) for image in given["images"]])
-    turns = [
-        {
-            **turn,
-            "content": [
-                {**part, "image": next(images)} if part["type"] == "image" else part for part in turn["content"]
-            ],
-        }
-        for turn in given["messages"]
-    ]
-    while turns and turns[-1]["role"] != "user":
-        turns.pop()
-    if not turns:
-        raise DataError("the row asks nothing: no turn is the human's.")
-    last = turns.pop()
-    own = [turn for turn in turns if turn["role"] == "system"]
-    return Question(
-        text="".join(part["text"] for part in last["content"] if part["type"] == "text"),
-        images=[part["image"] for part in last["content"] if part["type"] == "image"],
-        system=system or ("".join(part["text"] for part in own[0]["content"]) if own else None),
-        history=[turn for turn in turns if turn["role"] != "system"],
-    )
-
-
-def answered_ids(output: Path) -> set[str]:
-    """Return the ids an output file holds; a last line that was cut off in writing is removed from it.
-
-    Raises:
-        DataError: the file holds something else than answers.
-    """
-    if not output.exists():
-        return set()
-    data = output.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        with output.open("r+b") as file:
-            file.truncate(len(whole))
-    ids = set()
-    for number, line in enumerate(whole.decode("utf-8").splitlines(), 1):
-        try:
-            ids.add(str(json.loads(line)["id"]))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{output} line {number}: is no answer; name another --output, or move this file."
-            ) from error
-    return ids

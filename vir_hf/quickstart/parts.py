@@ -120,7 +120,7 @@ def make_language_model(folder: Path, texts: Iterable[str], *, seed: int) -> Non
         hidden_size=HIDDEN_SIZE,
         intermediate_size=2 * HIDDEN_SIZE,
         num_hidden_layers=LANGUAGE_LAYERS,
-        num_attention_heads=4,
+        num_attention_heads=2,
         max_position_embeddings=512,
         # At the usual 0.02 so narrow a model takes three times the steps before it looks at the picture.
         initializer_range=0.06,

@@ -23,6 +23,7 @@ from typing import Any
 from PIL import Image
 
 from vir_hf.errors import RecipeError
+from vir_hf.evaluation import Case, write_results, write_samples
 from vir_hf.inference import Answerer, Question
 from vir_hf.quickstart.drawing import KINDS, draw_blank, write_pictures
 from vir_hf.quickstart.panel import Sample, draw_panel
@@ -95,6 +96,7 @@ def run_quickstart(recipe: Recipe, size: Size | None = None) -> dict[str, Any]:
             Answerer.load(str(output_dir)), rows["heldout"], rows["finetune"], data / "images", seed=seed
         )
         draw_panel(samples).save(output_dir / "samples.png")
+        report(output_dir, scores, samples)
     metrics |= scores | {
         "tower_loss": tower_loss,
         "pretrain": {name: first[name] for name in ("num_steps", "num_rows", "first_loss", "final_loss")},
@@ -159,6 +161,26 @@ def evaluate(
     }
     shown = choose_samples(paths, kinds, seed)
     return scores, [Sample(Image.open(paths[i]).convert("RGB"), *asked[i], seen[i]) for i in shown]
+
+
+def report(output_dir: Path, scores: dict[str, Any], samples: list[Sample]) -> None:
+    """Write `evaluation.json` and `samples.json`, from which `vir-hf push` makes the card."""
+    names = {"exact match": "heldout", "exact match, blank pictures": "blind", "best guess without pictures": "chance"}
+    write_results(
+        output_dir,
+        [
+            {
+                "dataset": "drawn pictures, held out",
+                "metric": metric,
+                "value": scores[f"{name}_accuracy"],
+                "num_rows": scores["num_heldout_questions"],
+            }
+            for metric, name in names.items()
+        ],
+    )
+    cases = [Case(str(number), Question(it.question, [it.image]), [it.answer]) for number, it in enumerate(samples)]
+    before = answer_all(Answerer.load(str(output_dir / "pretrain")), [case.question for case in cases])
+    write_samples(output_dir, cases, before, [sample.given for sample in samples])
 
 
 def answer_all(answerer: Answerer, questions: list[Question]) -> list[str]:

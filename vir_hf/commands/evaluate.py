@@ -1,0 +1,160 @@
+"""`vir-hf evaluate`: how a run answers held-out questions, before and after tuning; what the model card reports."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vir_hf.commands.answer import add_generation_arguments, generation_options
+from vir_hf.errors import DataError, RecipeError
+
+if TYPE_CHECKING:
+    from vir_hf.evaluation import Case
+    from vir_hf.inference import Answerer
+
+_EPILOG = """\
+examples:
+  vir-hf evaluate outputs/my-run --data heldout.json --image-folder images
+  vir-hf evaluate outputs/my-run --data heldout.json --image-folder images --name "shelf photos, March" --blind --before
+
+A row is a LLaVA row, whose last question is asked after the turns before it, or {"id", "image", "question", "answer"}, with
+"answers" where several are right. Written into the run: evaluation.json (scores) and samples.json with samples/ (pictures with
+the answers before and after tuning). `vir-hf push` makes the card from them.
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Evaluate; return the exit code: 0 done, 2 a wrong call or data that cannot be asked."""
+    parser = argparse.ArgumentParser(
+        prog="vir-hf evaluate",
+        description="Measure a run on held-out rows.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", help="a run's output directory")
+    parser.add_argument(
+        "--data", required=True, metavar="ROWS", help="a .json or .jsonl file of rows with right answers"
+    )
+    parser.add_argument(
+        "--image-folder", metavar="DIR", help="where the rows' pictures lie; beside the rows by default"
+    )
+    parser.add_argument("--name", help="what the card calls the data; the file's name without its ending by default")
+    parser.add_argument("--max-rows", type=int, metavar="N", help="of the rows, the first N")
+    parser.add_argument(
+        "--blind", action="store_true", help="also with grey pictures: what can be guessed without looking"
+    )
+    parser.add_argument("--before", action="store_true", help="also score the model as it was before tuning")
+    parser.add_argument("--samples", type=int, default=6, metavar="N", help="rows shown in the card (6); 0 for none")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="questions computed together (8)")
+    parser.add_argument("--device", default="auto", help="auto (the GPU if there is one), cpu, cuda, cuda:1 ...")
+    add_generation_arguments(parser)
+    arguments = parser.parse_args(argv)
+    for name in ("batch_size", "max_rows"):
+        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
+            raise RecipeError(f"evaluate: --{name.replace('_', '-')} {getattr(arguments, name)}; expected at least 1.")
+    if arguments.samples < 0:
+        raise RecipeError(f"evaluate: --samples {arguments.samples}; expected 0 or more.")
+    run = Path(arguments.run)
+    if not run.is_dir():
+        raise RecipeError(
+            f"{run}: no such folder; evaluate writes its results into a run's own, so name one on this disk."
+        )
+    return _evaluate(run, arguments)
+
+
+def _evaluate(run: Path, arguments: argparse.Namespace) -> int:
+    from tqdm.auto import tqdm
+    from transformers.utils import logging
+
+    from vir_hf import evaluation
+    from vir_hf.inference import Answerer
+    from vir_hf.questions import read_questions
+
+    logging.disable_progress_bar()
+    options = generation_options(arguments)
+    data = Path(arguments.data)
+    rows = read_questions(data)[: arguments.max_rows]
+    if not rows:
+        raise DataError(f"{data}: holds no rows, so there is nothing to measure.")
+    _warn_if_trained_on(run, data)
+    folder = arguments.image_folder or str(data.resolve().parent)
+    cases = evaluation.read_cases(rows, folder)
+    shown = [cases[number] for number in evaluation.choose_samples(cases, arguments.samples)]
+    name = arguments.name or data.stem
+
+    def ask(answerer: Answerer, cases: list[Case], what: str, **how: Any) -> list[str]:
+        with tqdm(total=len(cases), desc=what, unit="row", dynamic_ncols=True) as bar:
+            return evaluation.answer_cases(
+                answerer, cases, batch_size=arguments.batch_size, progress=bar.update, **how, **options
+            )
+
+    answerer = Answerer.load(str(run), device=arguments.device)
+    after = ask(answerer, cases, "after tuning")
+    results = evaluation.score(name, "", after, cases)
+    if arguments.blind:
+        results += evaluation.score(name, ", blank pictures", ask(answerer, cases, "blank pictures", blank=True), cases)
+    before_of_shown: list[str] = []
+    if arguments.before or shown:
+        with _before_tuning(run, answerer) as earlier:
+            if arguments.before:
+                before = ask(earlier, cases, "before tuning")
+                results += evaluation.score(name, ", before tuning", before, cases)
+                by_case = dict(zip(map(id, cases), before, strict=True))
+                before_of_shown = [by_case[id(case)] for case in shown]
+            else:
+                before_of_shown = ask(earlier, shown, "before tuning")
+    evaluation.write_results(run, results)
+    if shown:
+        by_case = dict(zip(map(id, cases), after, strict=True))
+        evaluation.write_samples(run, shown, before_of_shown, [by_case[id(case)] for case in shown])
+    for result in results:
+        print(f"{result['metric']:<28}{result['value']:.4f}   {result['num_rows']} rows of {result['dataset']}")
+    print(f"in {run / evaluation.EVALUATION}" + (f" and {run / evaluation.SAMPLES}" if shown else ""))
+    return 0
+
+
+@contextlib.contextmanager
+def _before_tuning(run: Path, answerer: Answerer) -> Iterator[Answerer]:
+    """The model as it was when training began: without the adapter, or built again from the run's recipe.
+
+    Raises:
+        RecipeError: the run has no recipe, or its parts are not there any more.
+    """
+    from vir_hf.inference import Answerer
+    from vir_hf.loading import choose_precision, load_model_and_processor
+    from vir_hf.recipe import load_recipe
+
+    if hasattr(answerer.model, "disable_adapter"):
+        with answerer.model.disable_adapter():
+            yield answerer
+        return
+    recipe_file = run / "recipe.yaml"
+    if not recipe_file.is_file():
+        raise RecipeError(
+            f"{run}: has no recipe.yaml, which says what the model was before tuning. Leave out --before and set --samples 0."
+        )
+    recipe = load_recipe(recipe_file=recipe_file, require_data=False)
+    device = next(answerer.model.parameters()).device
+    model, processor = load_model_and_processor(
+        recipe, choose_precision(recipe.model.dtype, use_cpu=device.type == "cpu")
+    )
+    yield Answerer(model.to(device), processor)
+
+
+def _warn_if_trained_on(run: Path, data: Path) -> None:
+    """Say so where the rows are those of training: a score on them says little about other pictures."""
+    from vir_hf.recipe_files import read_yaml
+
+    recipe_file = run / "recipe.yaml"
+    if not recipe_file.is_file():
+        return
+    section = read_yaml(recipe_file).get("data") or {}
+    paths = [section.get("data_path"), *(source.get("path") for source in section.get("sources") or [])]
+    if any(path is not None and Path(path).exists() and Path(path).samefile(data) for path in paths):
+        print(
+            f"warning: {data} is what this run was trained on; the score says little about other data", file=sys.stderr
+        )
