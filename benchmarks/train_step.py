@@ -326,6 +326,7 @@ def run_ours(options: argparse.Namespace, model: Any, processor: Any, rows: Any,
     from trl import SFTConfig
 
     from vir_hf import LlavaDataCollator
+    from vir_hf.fused_lora import fuse_lora
     from vir_hf.sampling import RowSize, StepSampler
     from vir_hf.trainer import LlavaTrainer
 
@@ -351,6 +352,7 @@ def run_ours(options: argparse.Namespace, model: Any, processor: Any, rows: Any,
         def lookup(image: dict[str, Any]) -> torch.Tensor | None:
             return features.get(image["path"])
 
+    fuse_lora(model)
     clock = Clock()
     size = options.micro_batch or options.rows
     trainer = LlavaTrainer(

@@ -73,7 +73,11 @@ def test_a_taken_port_is_named() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(RecipeError, match=f"port {port} on 127.0.0.1: is taken"):
             preflight.check_port("127.0.0.1", port)
+        with pytest.raises(RecipeError, match="Name another: --port"):
+            preflight.choose_port(port)
+        assert preflight.choose_port(None, default=port) != port
     preflight.check_port("127.0.0.1", port)
+    assert preflight.choose_port(None, default=port) == preflight.choose_port(port) == port
 
 
 def test_splitting_is_refused_with_several_processes(tiny_parts: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "vir_hf"
 DOORS = {
     "datasets": {"data", "row_cache"},
     "trl": {"trainer"},
-    "peft": {"adapters", "loading", "merging", "resume", "trainable"},
+    "peft": {"adapters", "fused_lora", "loading", "merging", "resume", "trainable"},
     "gradio": set(),  # spaces/app.py, which `commands.demo` loads as a file
     "bitsandbytes": set(),  # transformers and peft call it
     "deepspeed": {"consolidated", "engine_check"},

@@ -176,15 +176,12 @@ def write_repository(
 
 def write_merged(run: Path, folder: Path) -> None:
     """Write an adapter merged into its base, in the base's own precision, with its processor."""
-    import torch
+    from vir_hf.merging import merge_run
 
-    from vir_hf.loading import load_run
-
-    model, processor = load_run(run, dtype=torch.float32, device="cpu")
-    dtype = getattr(model.config, "dtype", None) or torch.float32
-    merged = model.merge_and_unload()
-    merged.to(dtype).save_pretrained(folder)
-    processor.save_pretrained(folder)
+    merged = merge_run(run, folder / ".merged").out
+    for path in merged.iterdir():
+        os.replace(path, folder / path.name)
+    merged.rmdir()
 
 
 def _copy_published(source: Path, target: Path) -> None:

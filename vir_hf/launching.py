@@ -108,6 +108,7 @@ def compose(
     num_gpus: int | None = None,
     found_gpus: int = 0,
     gpu_bytes: int = 0,
+    port: int | None = None,
 ) -> Launch:
     """Return the accelerate command that trains a recipe.
 
@@ -116,6 +117,7 @@ def compose(
         config: a name or file; chosen by model and machine if `None`.
         num_gpus: processes to start; all GPUs found if `None`.
         found_gpus, gpu_bytes: what this machine has.
+        port: where several processes meet; accelerate's own default if `None`.
 
     Raises:
         RecipeError: more GPUs asked for than there are, or a config that needs GPUs where there are none.
@@ -140,6 +142,8 @@ def compose(
     settings["num_processes"] = max(1, count)
     words = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path)]
     words += ["--num_processes", str(settings["num_processes"])]
+    if port is not None and settings["num_processes"] > 1:
+        words += ["--main_process_port", str(port)]
     words += ["-m", "vir_hf.train", *arguments]
     environment = {ASKED_VARIABLE: json.dumps(asdict(from_config(settings)))}
     if count == 0:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors import safe_open
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
@@ -21,7 +26,6 @@ from vir_hf.adapters import BASE_FOLDER, adapter_folder
 from vir_hf.errors import RecipeError
 from vir_hf.fingerprint import fingerprint_of, read_record
 from vir_hf.llava.modeling_llava import LlavaForCausalLM
-from vir_hf.llava.processing_llava import LlavaProcessor
 from vir_hf.loading import MADE_FROM, load_base, load_processor, made_from, processor_place
 from vir_hf.quantization import bits_of, is_quantized
 
@@ -29,6 +33,8 @@ if TYPE_CHECKING:
     from vir_hf.recipe import Recipe
 
 logger = logging.getLogger(__name__)
+
+_SMALLEST_SHARD, _LARGEST_SHARD = 2**26, 4 * 2**30
 
 
 @dataclass(frozen=True)
@@ -72,12 +78,25 @@ def merge_run(
     target = Path(out)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise RecipeError(f"--out {target}: exists already. Name a new folder.")
-    model, processor, adapter, base_name = merged_model(run, base=base, dtype=dtype, revision=revision)
-    was_quantized = read_record(adapter).get("quantization") is not None
+    adapter = adapter_folder(os.fspath(run), revision)
+    if adapter is None:
+        raise RecipeError(
+            f"{run}: holds no adapter (adapter_config.json), so there is nothing to merge: it is a plain checkpoint already."
+        )
+    trained_with = read_record(adapter).get("quantization")
+    loading: dict[str, Any] = {"dtype": dtype}
+    if trained_with is not None:
+        # The adapter learned beside rounded weights: rounded the same way, then widened, they give the same logits.
+        loading["quantization_config"] = _bitsandbytes_config(trained_with)
+    plain, base_name = load_base(adapter, base, loading)
+    processor = load_processor(processor_place(adapter, base_name))
+    quantized = _take_quantized_layers(plain)
+    saved_dtype, num_parameters = plain.dtype, sum(parameter.numel() for parameter in plain.parameters())
+    model = _put_adapter(plain, adapter, quantized)
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        model.save_pretrained(partial)
+        _save_merged(model, partial, quantized)
         processor.save_pretrained(partial)
         if target.exists():
             target.rmdir()
@@ -88,38 +107,128 @@ def merge_run(
         out=target,
         base=base_name,
         adapter=adapter,
-        dtype=str(model.dtype).removeprefix("torch."),
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        was_quantized=was_quantized,
+        dtype=str(saved_dtype).removeprefix("torch."),
+        num_parameters=num_parameters,
+        was_quantized=trained_with is not None,
         fingerprint=fingerprint_of(str(target)),
     )
 
 
-def merged_model(
-    run: str | os.PathLike[str],
-    *,
-    base: str | None = None,
-    dtype: torch.dtype | str = "auto",
-    revision: str | None = None,
-) -> tuple[LlavaForCausalLM, LlavaProcessor, Path, str]:
-    """Return a run's merged model, its processor, the adapter's folder and the base's name; see `merge_run`."""
-    adapter = adapter_folder(os.fspath(run), revision)
-    if adapter is None:
-        raise RecipeError(
-            f"{run}: holds no adapter (adapter_config.json), so there is nothing to merge: it is a plain checkpoint already."
-        )
-    loading: dict[str, Any] = {"dtype": dtype}
-    trained_with = read_record(adapter).get("quantization")
-    if trained_with is not None:
-        # The adapter learned beside rounded weights: rounded the same way, then widened, they give the same logits.
-        loading["quantization_config"] = _bitsandbytes_config(trained_with)
-    model, base_name = load_base(adapter, base, loading)
-    widen(model)
+def _put_adapter(plain: LlavaForCausalLM, adapter: Path, quantized: dict[str, nn.Module]) -> PeftModel:
+    """Return the base with the adapter on it."""
     config = LoraConfig.from_pretrained(str(adapter))
-    # Without first drawing weights that the file then replaces; PiSSA and OLoRA do need the drawing, it changes the base.
-    as_stored = config.init_lora_weights not in ("pissa", "olora")
-    merged = merge_adapter(PeftModel.from_pretrained(model, str(adapter), low_cpu_mem_usage=as_stored))
-    return merged, load_processor(processor_place(adapter, base_name)), adapter, base_name
+    # PiSSA and OLoRA change the base when they are put on it, so they need its weights; all others read their own file only.
+    changes_base = config.init_lora_weights in ("pissa", "olora")
+    if changes_base:
+        for name in list(quantized):
+            _widen(plain.get_submodule(name), quantized.pop(name))
+    return PeftModel.from_pretrained(plain, str(adapter), low_cpu_mem_usage=not changes_base)
+
+
+def _save_merged(model: PeftModel, folder: Path, quantized: dict[str, nn.Module]) -> None:
+    """Merge, save and let go of one group of layers after the other, so that never all new weights lie in memory.
+
+    Args:
+        quantized: the base's 4 and 8 bit layers by name, emptied on the way.
+    """
+    plain: LlavaForCausalLM = model.get_base_model()
+    dtype, shards = plain.dtype, _Shards(plain, folder)
+    for group in _groups(plain):
+        for name, layer in list(plain.named_modules()):
+            if not f"{name}.".startswith(group):
+                continue
+            if name in quantized:
+                _widen(layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer, quantized.pop(name))
+            if isinstance(layer, BaseTunerLayer):
+                wide = layer.get_base_layer()
+                # A copy: pages of the file that are written to would stay in memory until the last of the file is let go.
+                wide.weight.data = wide.weight.data.clone()
+                layer.merge()
+                plain.set_submodule(name, wide)
+            elif isinstance(layer, AuxiliaryTrainingWrapper):  # trained whole beside the adapter, such as the projector
+                plain.set_submodule(name, layer.unload_and_optionally_merge_module(True, False, None))
+        for parameter in (p for name, p in plain.named_parameters() if name.startswith(group)):
+            parameter.requires_grad_(False)
+            parameter.data = parameter.data.to(dtype)  # PEFT keeps trained copies in fp32
+        shards.add(name for name in plain.state_dict() if name.startswith(group))
+    shards.finish()
+
+
+def _groups(model: nn.Module) -> list[str]:
+    """The prefixes of what is merged together: each layer of every stack, and in the end, as the empty one, all the rest."""
+    modules = dict(model.named_modules())
+    wrapped = [f"{name}." for name, module in modules.items() if isinstance(module, AuxiliaryTrainingWrapper)]
+    stacks = [f"{name}." for name, module in modules.items() if isinstance(module, nn.ModuleList) and len(module)]
+    outermost = [
+        name for name in stacks if not any(name != other and name.startswith(other) for other in stacks + wrapped)
+    ]
+    return [f"{name}{number}." for name in outermost for number in range(len(modules[name[:-1]]))] + [""]
+
+
+class _Shards:
+    """Writes a model's tensors as they become ready, in shards of an eighth of it, and frees them."""
+
+    def __init__(self, model: LlavaForCausalLM, folder: Path) -> None:
+        self._model, self._folder = model, folder
+        total = sum(parameter.numel() for parameter in model.parameters()) * model.dtype.itemsize
+        self._limit = max(_SMALLEST_SHARD, min(_LARGEST_SHARD, total // 8))
+        self._waiting: list[str] = []
+        self._done: set[str] = set()
+        self._parts: list[Path] = []
+
+    def add(self, names: Iterable[str]) -> None:
+        """Take the tensors of these names that were not taken before; write what has gathered if it is enough."""
+        new = [name for name in names if name not in self._done]
+        self._done.update(new)
+        self._waiting += new
+        tensors = self._model.state_dict()
+        if sum(tensors[name].numel() * tensors[name].element_size() for name in self._waiting) >= self._limit:
+            self._write()
+
+    def _write(self) -> None:
+        tensors = self._model.state_dict()
+        part = self._folder / f"part-{len(self._parts)}"
+        self._model.save_pretrained(
+            part, state_dict={name: tensors[name] for name in self._waiting}, max_shard_size="1TB"
+        )
+        self._parts.append(part)
+        parameters = dict(self._model.named_parameters(remove_duplicate=False))
+        for name in self._waiting:
+            if name in parameters:
+                parameters[name].data = parameters[name].data.new_empty(0)
+        self._waiting.clear()
+        del tensors, parameters
+        _give_memory_back()
+
+    def finish(self) -> None:
+        """Write the rest and bring all shards together, with their index, beside the configuration."""
+        if self._waiting:
+            self._write()
+        index: dict[str, str] = {}
+        num_bytes = 0
+        for number, part in enumerate(self._parts, 1):
+            name = "model.safetensors"
+            if len(self._parts) > 1:
+                name = f"model-{number:05d}-of-{len(self._parts):05d}.safetensors"
+            os.replace(part / "model.safetensors", self._folder / name)
+            with safe_open(self._folder / name, "pt") as file:
+                index |= dict.fromkeys(file.keys(), name)
+            num_bytes += (self._folder / name).stat().st_size
+            if number == len(self._parts):
+                for path in part.iterdir():
+                    os.replace(path, self._folder / path.name)
+            shutil.rmtree(part)
+        if len(self._parts) > 1:
+            listing = {"metadata": {"total_size": num_bytes}, "weight_map": index}
+            (self._folder / "model.safetensors.index.json").write_text(
+                json.dumps(listing, indent=2) + "\n", encoding="utf-8"
+            )
+
+
+def _give_memory_back() -> None:
+    """Return freed memory to the system; glibc keeps blocks of some megabytes, here as much as half the model."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def merge_adapter(model: PeftModel) -> LlavaForCausalLM:
@@ -140,29 +249,32 @@ def merge_adapter(model: PeftModel) -> LlavaForCausalLM:
     return merged.eval()
 
 
-def widen(model: LlavaForCausalLM) -> None:
-    """Turn 4 and 8 bit layers into ordinary ones of the model's dtype, layer by layer and in place.
-
-    Not by `model.dequantize()`: it holds every quantised layer until the last one is done, a quarter more memory.
-    """
+def _take_quantized_layers(model: LlavaForCausalLM) -> dict[str, nn.Module]:
+    """Return the 4 and 8 bit layers by name, with ordinary ones in their places whose weights take no memory yet."""
     names = [name for name, module in model.named_modules() if bits_of(module)]
-    if not names:
-        return
     dtype = model.get_input_embeddings().weight.dtype
+    taken = {}
     for name in names:
-        layer = model.get_submodule(name)
+        layer = taken[name] = model.get_submodule(name)
         with torch.device("meta"):
             wide = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-        weight = dequantize_bnb_weight(layer.weight, getattr(layer, "state", None)).to(dtype)
-        wide.weight = nn.Parameter(weight, requires_grad=False)
+        unfilled = torch.zeros((), dtype=dtype).expand(layer.out_features, layer.in_features)
+        wide.weight = nn.Parameter(unfilled, requires_grad=False)
         wide.bias = layer.bias
         model.set_submodule(name, wide)
-        del layer
-    model.hf_quantizer.remove_quantization_config(model)
-    model.is_loaded_in_4bit = model.is_loaded_in_8bit = False
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            module.config._is_quantized = False
+    if names:
+        model.hf_quantizer.remove_quantization_config(model)
+        model.is_loaded_in_4bit = model.is_loaded_in_8bit = False
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                module.config._is_quantized = False
+    return taken
+
+
+def _widen(wide: nn.Module, quantized: nn.Module) -> None:
+    """Fill an ordinary layer with the weights of a 4 or 8 bit one."""
+    weight = dequantize_bnb_weight(quantized.weight, getattr(quantized, "state", None))
+    wide.weight = nn.Parameter(weight.to(wide.weight.dtype), requires_grad=False)
 
 
 def merged_base(recipe: Recipe, together: Callable[[Callable[[], Any]], Any], *, is_main_process: bool) -> str | None:

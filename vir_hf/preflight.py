@@ -123,8 +123,27 @@ def check_port(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise RecipeError(
-                f"port {port} on {host}: is taken ({error.strerror}). Name another: --main_process_port, or MASTER_PORT."
+                f"port {port} on {host}: is taken ({error.strerror}). Name another: --port with vir-hf launch, "
+                "--main_process_port with accelerate launch."
             ) from error
+
+
+def choose_port(wanted: int | None, default: int = 29500) -> int:
+    """Return the port that the processes of one machine meet at: the one asked for, else the default or any free one.
+
+    Raises:
+        RecipeError: the one asked for is taken.
+    """
+    if wanted is not None:
+        check_port("127.0.0.1", wanted)
+        return wanted
+    try:
+        check_port("127.0.0.1", default)
+    except RecipeError:
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.bind(("127.0.0.1", 0))
+            return int(probe.getsockname()[1])
+    return default
 
 
 def check_run(trainer: LlavaTrainer) -> None:

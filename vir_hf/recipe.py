@@ -101,6 +101,7 @@ class TrainingSection:
     group_by_image: bool = False
     balance_tokens: bool = True
     supervised_positions_only: bool = True
+    fused_lora: bool = True
     max_tokens_per_batch: int | None = None
     feature_cache: str | bool | None = None
     resume: str | None = None

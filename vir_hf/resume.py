@@ -78,6 +78,7 @@ _ROUNDING = (
     "training.padding_free",
     "training.share_prefixes",
     "training.supervised_positions_only",
+    "training.fused_lora",
     "training.activation_checkpointing",
     "training.activation_checkpointing_kwargs",
 )

@@ -23,6 +23,7 @@ from vir_hf.collator import LlavaDataCollator
 from vir_hf.data import load_llava_dataset, load_recipe_rows, share_of_stream
 from vir_hf.errors import RecipeError
 from vir_hf.features import cache_for_training
+from vir_hf.fused_lora import fuse_lora
 from vir_hf.llava.processing_llava import LlavaProcessor
 from vir_hf.loading import Precision, choose_precision, describe_precision, keep_base, load_model_and_processor
 from vir_hf.merging import merged_base
@@ -97,6 +98,8 @@ def _train(recipe: Recipe, signals: StopOnSignal, callbacks: Sequence[TrainerCal
     model.model.reads_vision_features = collator.feature_lookup is not None
     model.model.sums_gradients_as_they_come = arguments.deepspeed_plugin is not None
     model = make_trainable(model, recipe)
+    if recipe.training.fused_lora:
+        fuse_lora(model)
     if is_main:
         report_audit(model, recipe, describe_precision(precision, model, arguments.tf32))
     identity = resume.broadcast(

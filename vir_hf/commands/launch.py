@@ -21,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="experiment=NAME and section.key=value")
     parser.add_argument("--config", help="a config of accelerate_configs (zero2, multi_gpu, ...) or a file")
     parser.add_argument("--num-gpus", default="all", help="how many GPUs, or all (default); 0 trains on the CPU")
+    parser.add_argument("--port", type=int, help="where the processes meet (29500, or a free one if that is taken)")
     parser.add_argument("--recipe", help="a recipe.yaml that a run has written")
     parser.add_argument("--recipes-dir", help="a folder of your own recipes")
     parser.add_argument(
@@ -35,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     recipe = load_recipe(options.overrides, recipe_file=options.recipe, recipes_dir=options.recipes_dir)
     from vir_hf.launching import compose
+    from vir_hf.preflight import choose_port
 
     found, gpu_bytes = gpus()
     arguments = list(options.overrides)
@@ -49,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         num_gpus=None if options.num_gpus == "all" else int(options.num_gpus),
         found_gpus=found,
         gpu_bytes=gpu_bytes,
+        port=choose_port(options.port),
     )
     print(f"{launch.reason}\n{launch}", flush=True)
     if options.dry_run:
