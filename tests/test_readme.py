@@ -37,6 +37,7 @@ def folder(tiny_parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("lm", "tower", "images"):
         shutil.copytree(tiny_parts / name, here / name)
     shutil.copy(tiny_parts / "rows.json", here)
+    shutil.copy(tiny_parts / "rows.json", here / "heldout.json")
     from PIL import Image
 
     Image.open(min((here / "images").iterdir())).convert("RGB").save(here / "photo.jpg")
@@ -79,7 +80,7 @@ def test_the_two_commands_are_in_the_makefile(target: str, runs: str, tmp_path: 
 
 def test_the_section_shows_every_step_of_a_run() -> None:
     words = [line[1] for line in commands("A real run")]
-    assert words == ["data", "plan", "train", "chat", "push"]
+    assert words == ["data", "plan", "train", "chat", "evaluate", "push"]
 
 
 def test_data_check_as_written(folder: Path) -> None:
@@ -95,7 +96,7 @@ def test_plan_as_written(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_train_chat_and_push_as_written(folder: Path) -> None:
+def test_train_chat_evaluate_and_push_as_written(folder: Path) -> None:
     lines = {line[1]: line for line in commands("A real run")}
     done = vir_hf([*lines["train"], *TINY_MODEL, *TINY_SIZES, "training.max_length=256"], folder)
     output = folder / lines["chat"][2]
@@ -104,6 +105,8 @@ def test_train_chat_and_push_as_written(folder: Path) -> None:
     assert f"vir-hf chat {lines['chat'][2]}" in done.stdout
     chat = vir_hf([*lines["chat"], "--max-new-tokens", "4"], folder, text="What is it?\n")
     assert "Traceback" not in chat.stderr
+    scores = vir_hf([*lines["evaluate"], "--max-new-tokens", "4"], folder).stdout
+    assert "exact match, before tuning" in scores and (output / "evaluation.json").is_file()
     push = vir_hf(lines["push"], folder)
     assert "README.md" in push.stdout and "nothing was sent" in push.stdout
 
