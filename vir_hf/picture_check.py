@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from accelerate import PartialState
 from filelock import FileLock
 
 from vir_hf.checks import look_at_pictures
@@ -49,7 +50,8 @@ def leave_out_broken_pictures(
     Raises:
         DataError: a picture is broken and `policy.on_bad_image` is `raise`, or too many are.
     """
-    broken = _find_broken(dataset, num_workers, progress)
+    with PartialState().local_main_process_first():  # the others of a node read what it found
+        broken = _find_broken(dataset, num_workers, progress)
     found = []
     for start, table in _batches(dataset):
         for number, place in _uses(table, broken):
@@ -113,7 +115,7 @@ def _find_broken(
             }
     digest = hashlib.sha256("\n".join(sources).encode()).hexdigest()[:24]
     path = cache_folder() / f"pictures-{digest}.json"
-    with FileLock(f"{path}.lock"):  # the other ranks wait for the first
+    with FileLock(f"{path}.lock"):  # another run on the same data waits for this one
         try:
             known = json.loads(path.read_text(encoding="utf-8"))
             sources = {name: sources[name] for name in known}
@@ -125,9 +127,10 @@ def _find_broken(
             for name, outcome in zip(sources, outcomes, strict=True)
             if not isinstance(outcome, ImageHeader)
         }
-        temporary = path.with_suffix(f".{os.getpid()}.incomplete")
-        temporary.write_text(json.dumps(broken), encoding="utf-8")
-        os.replace(temporary, path)
+        if known is None or broken.keys() != known.keys():  # of many ranks one writes
+            temporary = path.with_suffix(f".{os.getpid()}.incomplete")
+            temporary.write_text(json.dumps(broken), encoding="utf-8")
+            os.replace(temporary, path)
     if known is None:
         logger.info("looked at %d pictures in %.1f s", len(sources), time.perf_counter() - started)
     return broken
