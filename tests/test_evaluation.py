@@ -127,8 +127,10 @@ def test_rows_that_were_trained_on_are_called_so(
     shutil.copytree(tiny_run, run)
     data = str(tiny_parts / "rows.json")
     call = ["evaluate", str(run), "--data", data, "--image-folder", str(tiny_parts / "images"), "--max-rows", "1"]
-    assert cli.main([*call, "--samples", "0", "--device", "cpu"]) == 0
+    assert cli.main([*call, "--device", "cpu"]) == 0
     assert "is what this run was trained on" in capsys.readouterr().err
+    results = json.loads((run / "evaluation.json").read_text())["results"]
+    assert {result["dataset"] for result in results} == {"rows (trained on)"} and not (run / "samples.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -137,7 +139,8 @@ def test_rows_that_were_trained_on_are_called_so(
         (["missing", "--data", "rows.json"], "missing: no such folder"),
         ([".", "--data", "rows.json"], "rows.json: cannot be read"),
         ([".", "--data", "empty.json"], "holds no rows"),
-        ([".", "--data", "unanswered.json"], "no right answer"),
+        ([".", "--data", "unanswered.json"], "row with id 1: the row has no right answer"),
+        (["none", "--data", "rows.json"], "none: holds neither a model nor an adapter"),
         ([".", "--data", "rows.json", "--max-rows", "0"], "--max-rows 0"),
         ([".", "--data", "rows.json", "--samples", "-1"], "--samples -1"),
     ],
@@ -150,6 +153,8 @@ def test_wrong_calls_are_answered_before_a_model_is_loaded(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "none").mkdir()
     (tmp_path / "empty.json").write_text("[]")
     (tmp_path / "unanswered.json").write_text(json.dumps([{"id": "1", "question": QUESTION}]))
     assert cli.main(["evaluate", *arguments]) == 2

@@ -132,6 +132,26 @@ def test_a_finished_run_is_not_redone(
     assert metrics == json.loads((output_dir / "metrics.json").read_text())
 
 
+def test_a_finished_run_whose_weights_are_cut_short_is_made_whole(
+    runs: Any, tiny_parts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    output_dir = shutil.copytree(runs("full"), tmp_path / "run")
+    weights = output_dir / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with caplog.at_level(logging.WARNING):
+        train(recipe_for(tiny_parts, output_dir, "full", "training.resume=auto"))
+    assert "this run was finished, but model.safetensors cannot be read any more" in caplog.text
+    assert_same_run(runs("full"), output_dir)
+
+
+def test_a_checkpoint_that_is_named_is_looked_for_beside_a_finished_run_too(
+    runs: Any, tiny_parts: Path, tmp_path: Path
+) -> None:
+    output_dir = shutil.copytree(runs("full"), tmp_path / "run")
+    with pytest.raises(RecipeError, match="there is no such folder"):
+        train(recipe_for(tiny_parts, output_dir, "full", f"training.resume={tmp_path / 'nowhere'}"))
+
+
 def test_a_damaged_newest_checkpoint_is_passed_over_and_named(
     runs: Any, tiny_parts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -282,7 +282,7 @@ def _data(facts: RunFacts) -> str:
         rows.append(("rows not learned because a picture could not be opened", f"{len(masked):,}"))
     names = ", ".join(f"[{name}](https://huggingface.co/datasets/{name})" for name in facts.datasets)
     head = f"From {names}." if names else "From files that are not on the Hub."
-    note = "Rows and pictures are counted each time they were seen."
+    note = "Rows are counted each time they were seen; pictures and tokens that rows of one batch share, once."
     return f"{head} {note}\n\n{_table(('Data', 'Count'), rows)}" if rows else head
 
 

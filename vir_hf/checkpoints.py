@@ -96,6 +96,24 @@ def damage(folder: Path) -> str | None:
     return None
 
 
+def damaged_weights(folder: Path) -> str | None:
+    """Return the name of the first weights file of a folder that is cut short, or of none at all; by headers and sizes."""
+    files = sorted(folder.glob("*.safetensors"))
+    for path in files:
+        try:
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                if length > path.stat().st_size:
+                    return path.name
+                header = json.loads(file.read(length))
+            ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
+            if 8 + length + max(ends, default=0) != path.stat().st_size:
+                return path.name
+        except (OSError, ValueError, KeyError, TypeError):
+            return path.name
+    return None if files else "its weights file"
+
+
 def sha256(path: Path) -> str:
     """Return a file's SHA-256, as hexadecimal digits."""
     digest = hashlib.sha256()

@@ -17,6 +17,7 @@ from typing import Any
 
 from PIL import Image
 
+from vir_hf.errors import DataError
 from vir_hf.images import open_image
 from vir_hf.inference import Answerer, Question
 from vir_hf.questions import row_question, row_references
@@ -44,7 +45,13 @@ def read_cases(rows: Sequence[Mapping[str, Any]], folder: str) -> list[Case]:
     Raises:
         DataError: a row without question or right answer, or a picture that cannot be opened.
     """
-    return [Case(str(row["id"]), row_question(row, folder), row_references(row), _first_picture(row)) for row in rows]
+    cases = []
+    for row in rows:
+        try:
+            cases.append(Case(str(row["id"]), row_question(row, folder), row_references(row), _first_picture(row)))
+        except DataError as error:
+            raise DataError(f"row with id {row['id']}: {error}") from error
+    return cases
 
 
 def _first_picture(row: Mapping[str, Any]) -> str | None:

@@ -6,7 +6,6 @@ W x + (A x) B^T * scaling, the scaling inside the product.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -35,9 +34,13 @@ def _is_fused(layer: nn.Module) -> bool:
     return isinstance(layer, _FusedForward)
 
 
-@functools.cache
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
 def _fused(original: type[nn.Module]) -> type[nn.Module]:
-    return type(original.__name__, (_FusedForward, original), {"__module__": original.__module__})
+    if original not in _CLASSES:
+        _CLASSES[original] = type(original.__name__, (_FusedForward, original), {"__module__": original.__module__})
+    return _CLASSES[original]
 
 
 class _FusedForward:

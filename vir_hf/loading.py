@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -493,7 +494,10 @@ def load_run(
         processor = load_processor(processor_place(Path(name), name), revision=revision)
     else:
         model, base_name = load_base(adapter, base, loading)
-        model = PeftModel.from_pretrained(model, str(adapter))
+        try:
+            model = PeftModel.from_pretrained(model, str(adapter))
+        except SafetensorError as error:
+            raise RecipeError(f"{adapter}: a weights file is damaged ({error}). Fetch or make it again.") from error
         for name, parameter in model.named_parameters():
             if "lora_" in name or ".modules_to_save." in name:  # PEFT loads them in fp32, for training
                 parameter.data = parameter.data.to(dtype)
@@ -566,6 +570,13 @@ def _load_part(part_class: Any, name: str, key: str, **kwargs: Any) -> Any:
         raise RecipeError(
             f"{key}={name}: {_first_line(error)} 4 and 8 bit need bitsandbytes: pip install 'vir-hf[gpu]', or quantization=none."
         ) from error
+    except AttributeError as error:  # transformers, of a config without the fields it looks for
+        raise RecipeError(
+            f"{key}={name}: is no model of the kind that is needed ({_first_line(error)}). Expected a LLaVA model, a run or an "
+            "adapter; as parts, a causal language model and a CLIP or SigLIP tower."
+        ) from error
+    except SafetensorError as error:
+        raise RecipeError(f"{key}={name}: a weights file is damaged ({error}). Fetch or make it again.") from error
     except (OSError, ValueError, KeyError) as error:
         raise RecipeError(
             f"{key}={name}: could not be loaded: {_first_line(error)} Expected a folder saved by save_pretrained or a Hub id "

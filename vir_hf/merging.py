@@ -17,7 +17,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
@@ -122,7 +122,10 @@ def _put_adapter(plain: LlavaForCausalLM, adapter: Path, quantized: dict[str, nn
     if changes_base:
         for name in list(quantized):
             _widen(plain.get_submodule(name), quantized.pop(name))
-    return PeftModel.from_pretrained(plain, str(adapter), low_cpu_mem_usage=not changes_base)
+    try:
+        return PeftModel.from_pretrained(plain, str(adapter), low_cpu_mem_usage=not changes_base)
+    except SafetensorError as error:
+        raise RecipeError(f"{adapter}: a weights file is damaged ({error}). Fetch or make it again.") from error
 
 
 def _save_merged(model: PeftModel, folder: Path, quantized: dict[str, nn.Module]) -> None:

@@ -181,8 +181,11 @@ def _choose(recipe: Recipe) -> ResumePoint | None:
 
 
 def is_finished(recipe: Recipe) -> dict[str, Any] | None:
-    """Return the metrics of this recipe's finished run in its output directory, if resuming was asked for."""
-    if recipe.training.resume is None:
+    """Return the metrics of this recipe's finished run in its output directory, if going on by itself was asked for.
+
+    A run whose saved weights are damaged is not finished: it is made whole again from its newest checkpoint.
+    """
+    if recipe.training.resume != "auto":
         return None
     output_dir = Path(recipe.training.output_dir)
     try:
@@ -191,7 +194,21 @@ def is_finished(recipe: Recipe) -> dict[str, Any] | None:
     except (OSError, ValueError, RecipeError):
         return None
     is_same = not any(_kind_of(key, recipe) == "refused" or key in _LENGTH for key in changes)
-    return metrics if metrics.get("is_finished") and is_same else None
+    if not metrics.get("is_finished") or not is_same:
+        return None
+    damaged = checkpoints.damaged_weights(output_dir)
+    if damaged is not None:
+        logger.warning(
+            "%s: this run was finished, but %s cannot be read any more; going on from its checkpoint",
+            output_dir,
+            damaged,
+        )
+        return None
+    for checkpoint in checkpoints.list_checkpoints(output_dir):
+        reason = checkpoints.damage(checkpoint.path)
+        if reason is not None:
+            logger.warning("%s: this checkpoint of the finished run is damaged: %s", checkpoint.path, reason)
+    return metrics
 
 
 def recipe_changes(recipe: Recipe, saved: Path) -> dict[str, tuple[Any, Any]]:

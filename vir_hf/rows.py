@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,9 +56,10 @@ class BadRowPolicy:
         if refused:
             key = "data.on_bad_image" if first.is_image else "data.on_bad_row"
             raise DataError(
-                f"{place} In all, {count}. List them: vir-hf data check {source}. Leave them out: {key}=skip."
+                f"{place} In all, {count}. List them: vir-hf data check {shlex.quote(source)} with the same "
+                f"--image-folder. Leave them out: {key}=skip."
             )
-        self.enforce_fraction(len(bad_rows), num_rows, f"{source}: the first is {place}")
+        self.enforce_fraction(len(bad_rows), num_rows, f"the first is {place}")
         logger.warning("%s: %s and are left out; the first is %s", source, count, place)
 
     def enforce_fraction(self, num_bad_rows: int, num_rows: int, where: str) -> None:

@@ -213,6 +213,12 @@ def load_configs(recipe: Recipe) -> tuple[LlavaConfig, tuple[str, ...]]:
     vision, vision_source = _load_config(wanted.vision_tower, "model.vision_tower", recipe)
     vision = getattr(vision, "vision_config", vision)
     text = copy.deepcopy(getattr(text, "text_config", text))
+    for key, part, field, what in (
+        ("vision_tower", vision, "image_size", "CLIP or SigLIP vision model"),
+        ("language_model", text, "vocab_size", "causal language model"),
+    ):
+        if not hasattr(part, field):
+            raise RecipeError(f"model.{key}={getattr(wanted, key)}: is of type {part.model_type}; expected a {what}.")
     has_class_token = vision.model_type.startswith("clip")
     strategy = wanted.vision_feature_select_strategy
     if strategy == "auto":

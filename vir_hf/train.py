@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,7 +75,7 @@ def _run(recipe: Recipe) -> dict[str, Any]:
 
 def closing_words(metrics: dict, output_dir: str) -> str:
     """What was made, where it lies, and what to type next."""
-    picture = metrics.get("example_image", "photo.jpg")
+    picture, run = metrics.get("example_image", "photo.jpg"), shlex.quote(output_dir)
     first, final = metrics["first_loss"], metrics["final_loss"]
     loss = (
         "" if first is None else f"loss {first:.4f} -> {final:.4f}, "
@@ -82,7 +83,8 @@ def closing_words(metrics: dict, output_dir: str) -> str:
     return (
         f"\ndone: {metrics['num_steps']} steps, {loss}{metrics['seconds']} s. In {output_dir}: model, processor, "
         "recipe.yaml, metrics.json\n"
-        f"next:\n  vir-hf chat {output_dir} --image {picture}\n  vir-hf push {output_dir} you/your-model --dry-run"
+        f"next:\n  vir-hf chat {run} --image {shlex.quote(str(picture))}\n  vir-hf evaluate {run} --data HELDOUT.json\n"
+        f"  vir-hf push {run} you/your-model --dry-run"
     )
 
 

@@ -134,6 +134,11 @@ def lora_config(model: LlavaForCausalLM, recipe: Recipe) -> LoraConfig:
             found = [name for name in names if _matches(name, asked)]
             if not found:
                 within = "" if only_layers is None else f" in the layers lora.layers_to_transform={only_layers}"
+                if not names:
+                    raise RecipeError(
+                        f"lora.layers_to_transform={only_layers}: {part} has no such layer; expected numbers from 0 to "
+                        f"{max(_layer_index(name) or 0 for name in _linear_names(model, part))}."
+                    )
                 raise RecipeError(
                     f"lora.target_modules={asked}: matches no linear layer of {part}{within}; expected among "
                     f"{sorted({name.rsplit('.', 1)[-1] for name in _linear_names(model, part)})}. Leave lora.target_modules out "

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 IGNORED = -100
+# What `vir-hf evaluate` wrote about the weights that a finished run replaces.
+OF_THE_MODEL_BEFORE = ("evaluation.json", "samples.json", "samples")
 # What a batch may carry beside the model's inputs.
 _NOT_FOR_THE_MODEL = ("row_ids", "masked_rows", "row_numbers")
 
@@ -429,6 +432,9 @@ class LlavaTrainer(SFTTrainer):
         if self.recipe is not None:
             self.recipe.save(staging / "recipe.yaml")
         checkpoints.move_in(staging)
+        for name in OF_THE_MODEL_BEFORE:  # scores and samples of an earlier model in this folder
+            path = staging.parent / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
     def _begin_checkpoint(self, output_dir: Path, name: str) -> None:
         checkpoints.require_space(output_dir, self.checkpoint_bytes(), name)

@@ -63,6 +63,8 @@ def main(argv: list[str]) -> int:
         raise RecipeError(
             f"{run}: no such folder; evaluate writes its results into a run's own, so name one on this disk."
         )
+    if not any((run / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise RecipeError(f"{run}: holds neither a model nor an adapter; name the output directory of a finished run.")
     return _evaluate(run, arguments)
 
 
@@ -80,11 +82,12 @@ def _evaluate(run: Path, arguments: argparse.Namespace) -> int:
     rows = read_questions(data)[: arguments.max_rows]
     if not rows:
         raise DataError(f"{data}: holds no rows, so there is nothing to measure.")
-    _warn_if_trained_on(run, data)
+    was_trained_on = _is_trained_on(run, data)
     folder = arguments.image_folder or str(data.resolve().parent)
     cases = evaluation.read_cases(rows, folder)
-    shown = [cases[number] for number in evaluation.choose_samples(cases, arguments.samples)]
-    name = arguments.name or data.stem
+    # The card calls its samples held out, so rows that were learned are none.
+    shown = [cases[number] for number in evaluation.choose_samples(cases, 0 if was_trained_on else arguments.samples)]
+    name = (arguments.name or data.stem) + (" (trained on)" if was_trained_on else "")
 
     def ask(answerer: Answerer, cases: list[Case], what: str, **how: Any) -> list[str]:
         with tqdm(total=len(cases), desc=what, unit="row", dynamic_ncols=True) as bar:
@@ -145,16 +148,21 @@ def _before_tuning(run: Path, answerer: Answerer) -> Iterator[Answerer]:
     yield Answerer(model.to(device), processor)
 
 
-def _warn_if_trained_on(run: Path, data: Path) -> None:
-    """Say so where the rows are those of training: a score on them says little about other pictures."""
+def _is_trained_on(run: Path, data: Path) -> bool:
+    """Whether the rows are those of training, by file or by content; said, because such a score tells little of others."""
     from vir_hf.recipe_files import read_yaml
 
     recipe_file = run / "recipe.yaml"
     if not recipe_file.is_file():
-        return
+        return False
     section = read_yaml(recipe_file).get("data") or {}
     paths = [section.get("data_path"), *(source.get("path") for source in section.get("sources") or [])]
-    if any(path is not None and Path(path).exists() and Path(path).samefile(data) for path in paths):
-        print(
-            f"warning: {data} is what this run was trained on; the score says little about other data", file=sys.stderr
-        )
+    for path in paths:
+        if path is not None and Path(path).is_file() and Path(path).stat().st_size == data.stat().st_size:
+            if Path(path).samefile(data) or Path(path).read_bytes() == data.read_bytes():
+                print(
+                    f"warning: {data} is what this run was trained on; results say so, and no samples are kept",
+                    file=sys.stderr,
+                )
+                return True
+    return False

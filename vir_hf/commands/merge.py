@@ -40,8 +40,8 @@ def main(argv: list[str]) -> int:
         Path(arguments.json_file).write_text(text, encoding="utf-8")
     widened = ", made 16 bit first" if merged.was_quantized else ""
     print(
-        f"merged {merged.adapter} into {merged.base}{widened}\n"
-        f"  {merged.out}: {merged.num_parameters:,} parameters, {merged.dtype}, {merged.fingerprint}\n"
+        f"merged {merged.adapter} and its base {merged.base}{widened} into {merged.out}\n"
+        f"  {merged.num_parameters:,} parameters, {merged.dtype}, {merged.fingerprint}\n"
         f"next:\n  vir-hf chat {merged.out} --image photo.jpg"
     )
     return 0
