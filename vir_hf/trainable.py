@@ -55,17 +55,11 @@ def make_trainable(model: LlavaForCausalLM, recipe: Recipe) -> LlavaForCausalLM 
         RecipeError: LoRA targets that match nothing; a quantised part that should learn in full; a combination that
             no checkpoint can hold; an adapter that does not fit.
     """
+    check_trainable(model, recipe)
     how = {part: getattr(recipe.trainable, part) for part in PARTS}
-    if how["language_model"] == "full" and how["vision_tower"] == "lora":
-        raise RecipeError(
-            "trainable.vision_tower: is lora, but trainable.language_model is full: an adapter does not hold a whole language "
-            "model, so what it learned would be lost. Set trainable.vision_tower=full, or trainable.language_model=lora."
-        )
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     modules = fully_trained_modules(model, recipe)
-    for name, module in modules.items():
-        _check_learnable(name, module, recipe)
     trained: LlavaForCausalLM | AdaptedLlava = model
     if "lora" in how.values():
         trained = _with_adapter(model, recipe, modules)
@@ -80,6 +74,23 @@ def make_trainable(model: LlavaForCausalLM, recipe: Recipe) -> LlavaForCausalLM 
     if not any(parameter.requires_grad for parameter in trained.parameters()):
         raise RecipeError("trainable: nothing learns; set trainable.projector=full or trainable.language_model=lora.")
     return trained
+
+
+def check_trainable(model: LlavaForCausalLM, recipe: Recipe) -> None:
+    """Raise what `make_trainable` would raise of the recipe's own making, and change nothing: before a base is written to disk.
+
+    Raises:
+        RecipeError: as `make_trainable`.
+    """
+    if recipe.trainable.language_model == "full" and recipe.trainable.vision_tower == "lora":
+        raise RecipeError(
+            "trainable.vision_tower: is lora, but trainable.language_model is full: an adapter does not hold a whole language "
+            "model, so what it learned would be lost. Set trainable.vision_tower=full, or trainable.language_model=lora."
+        )
+    for name, module in fully_trained_modules(model, recipe).items():
+        _check_learnable(name, module, recipe)
+    if "lora" in (getattr(recipe.trainable, part) for part in PARTS) and not recipe.model.adapter:
+        lora_config(model, recipe)
 
 
 def fully_trained_modules(model: LlavaForCausalLM, recipe: Recipe) -> dict[str, nn.Module]:

@@ -35,7 +35,7 @@ from vir_hf.rows import BadRow, BadRowPolicy
 from vir_hf.sampling import StepSampler
 from vir_hf.signals import RunStopped, StopOnSignal
 from vir_hf.streaming import StreamPlan, plan_stream
-from vir_hf.trainable import make_trainable, parameter_groups
+from vir_hf.trainable import check_trainable, make_trainable, parameter_groups
 from vir_hf.trainer import LlavaTrainer, make_sft_config
 
 if TYPE_CHECKING:
@@ -92,6 +92,7 @@ def _train(recipe: Recipe, signals: StopOnSignal, callbacks: Sequence[TrainerCal
     )
     bad_rows: list[BadRow] = []
     rows, sampler = rows_and_plan(recipe, processor, bad_rows, arguments.world_size, arguments.process_index)
+    check_trainable(model, recipe)
     resume.together(lambda: keep_base(model, processor, recipe, is_main_process=is_main))
     collator = make_collator(recipe, processor)
     collator.feature_lookup = cache_for_training(recipe, model.model, processor, rows, arguments.device)
