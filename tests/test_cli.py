@@ -189,7 +189,7 @@ def test_a_reader_that_goes_away_causes_no_error_message() -> None:
     assert writer.stdout is not None and writer.stderr is not None
     writer.stdout.close()
     assert writer.stderr.read() == ""
-    assert writer.wait(timeout=30) == 1
+    assert writer.wait(timeout=30) == 141
 
 
 def test_recipes_lists_every_experiment_with_stage_and_hardware(

@@ -16,6 +16,7 @@ from vir_hf.errors import DataError, RecipeError
 
 WRONG_CALL = 2
 INTERRUPTED = 130
+CLOSED_PIPE = 141  # what a shell reports of any program whose reader has gone
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def run(load: Callable[[], Callable[[list[str]], int]], argv: list[str]) -> int:
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output has gone, as in `vir-hf recipes | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return CLOSED_PIPE
     except SystemExit as stop:  # argparse ends this way, having printed help or what was wrong
         return stop.code if isinstance(stop.code, int) else WRONG_CALL if stop.code else 0
 
