@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import shutil
@@ -20,6 +19,7 @@ from PIL import Image
 from vir_hf.errors import DataError
 from vir_hf.images import open_image
 from vir_hf.inference import Answerer, Question
+from vir_hf.json_files import write_json
 from vir_hf.questions import row_question, row_references
 
 EVALUATION = "evaluation.json"
@@ -171,7 +171,7 @@ def write_results(run: Path, results: Sequence[Mapping[str, Any]]) -> None:
     path = run / EVALUATION
     names = {result["dataset"] for result in results}
     earlier = json.loads(path.read_text(encoding="utf-8"))["results"] if path.is_file() else []
-    _write_json(path, {"results": [*(r for r in earlier if r["dataset"] not in names), *results]})
+    write_json(path, {"results": [*(r for r in earlier if r["dataset"] not in names), *results]})
 
 
 def write_samples(run: Path, cases: Sequence[Case], before: Sequence[str], after: Sequence[str]) -> None:
@@ -191,10 +191,4 @@ def write_samples(run: Path, cases: Sequence[Case], before: Sequence[str], after
         shown.thumbnail((768, 768))
         shown.save(run / name, quality=90)  # pixels only: neither a place nor a camera is written
         listed.append({"image": name, "question": case.question.text, "before": earlier, "after": later})
-    _write_json(run / SAMPLES, listed)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_json(run / SAMPLES, listed)

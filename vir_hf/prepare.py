@@ -6,7 +6,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import http.client
-import json
 import logging
 import os
 import random
@@ -22,6 +21,7 @@ from typing import Any
 from vir_hf.errors import DataError, ImageError
 from vir_hf.image_folder import MAX_DOWNLOAD_BYTES, ImageFolder, is_url, read_bytes, split_place
 from vir_hf.images import decode_image
+from vir_hf.json_files import write_json
 from vir_hf.row_files import read_rows
 
 logger = logging.getLogger(__name__)
@@ -115,8 +115,8 @@ def prepare_data(
     prepared.failed = [{"image": name, "reason": reason, "rows": users[name]} for name, reason in reasons.items()]
     sound = [with_local_names(row) for row in rows if not any(name in reasons for name in references_of(row))]
     prepared.num_rows, prepared.num_left_out = len(sound), len(rows) - len(sound)
-    _write_json(out / "failed.json", prepared.failed)
-    _write_json(prepared.rows_file, sound)
+    write_json(out / "failed.json", prepared.failed, indent=1, ensure_ascii=True)
+    write_json(prepared.rows_file, sound, indent=1, ensure_ascii=True)
     return prepared
 
 
@@ -278,9 +278,3 @@ def _read_url(address: str, timeout_seconds: float) -> bytes:
 def _retry_after(error: urllib.error.HTTPError) -> float:
     value = error.headers.get("Retry-After", "") if error.headers else ""
     return float(value) if value.isdigit() else 0.0
-
-
-def _write_json(path: Path, value: Any) -> None:
-    temporary = path.with_name(f"{path.name}.incomplete")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)

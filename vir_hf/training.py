@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
 import os
 import platform
@@ -24,6 +23,7 @@ from vir_hf.data import load_llava_dataset, load_recipe_rows, share_of_stream
 from vir_hf.errors import RecipeError
 from vir_hf.features import cache_for_training
 from vir_hf.fused_lora import fuse_lora
+from vir_hf.json_files import write_json
 from vir_hf.llava.processing_llava import LlavaProcessor
 from vir_hf.loading import Precision, choose_precision, describe_precision, keep_base, load_model_and_processor
 from vir_hf.merging import merged_base
@@ -282,11 +282,3 @@ def summarise(trainer: LlavaTrainer, recipe: Recipe) -> dict[str, Any]:
             for entry in history
         ],
     }
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)

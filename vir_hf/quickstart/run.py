@@ -25,11 +25,12 @@ from PIL import Image
 from vir_hf.errors import RecipeError
 from vir_hf.evaluation import Case, write_results, write_samples
 from vir_hf.inference import Answerer, Question
+from vir_hf.json_files import write_json
 from vir_hf.quickstart.drawing import KINDS, draw_blank, write_pictures
 from vir_hf.quickstart.panel import Sample, draw_panel
 from vir_hf.quickstart.parts import make_language_model, make_vision_tower
 from vir_hf.recipe import Recipe
-from vir_hf.training import train, write_json
+from vir_hf.training import train
 
 ANSWER_BATCH = 96
 MAX_ANSWER_TOKENS = 8
