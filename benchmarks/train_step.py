@@ -327,6 +327,7 @@ def run_ours(options: argparse.Namespace, model: Any, processor: Any, rows: Any,
 
     from vir_hf import LlavaDataCollator
     from vir_hf.fused_lora import fuse_lora
+    from vir_hf.lean_layers import make_lean
     from vir_hf.sampling import RowSize, StepSampler
     from vir_hf.trainer import LlavaTrainer
 
@@ -353,6 +354,7 @@ def run_ours(options: argparse.Namespace, model: Any, processor: Any, rows: Any,
             return features.get(image["path"])
 
     fuse_lora(model)
+    make_lean(model.base_model.model.model.language_model)
     clock = Clock()
     size = options.micro_batch or options.rows
     trainer = LlavaTrainer(

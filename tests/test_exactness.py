@@ -31,6 +31,7 @@ def test_the_proof_holds(tiny_parts: Path, tmp_path: Path, capsys, trainable: st
 def test_a_leak_between_rows_is_seen(tiny_parts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model, processor = build(str(tiny_parts / "lm"), str(tiny_parts / "tower"), "vicuna_v1")
+    model.model.vision_tower.requires_grad_(False)  # its gradients are so small here that rounding shows
     rows = list(load_llava_dataset(tiny_parts / "rows.json", tiny_parts / "images", decode_images=False))[:4]
 
     def leaky(query, key, value, layout, scaling, dropout, window):

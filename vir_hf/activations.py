@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vir_hf.fused_head import CHUNK_ELEMENTS
 from vir_hf.shapes import BlockShape, ModelShape
 
 # TRL scores supervised positions in tiles of this many tokens and vocabulary entries (trl.kernels, trl.trainer.utils).
@@ -24,7 +25,8 @@ class Numerics:
         autocast: whether operands are cast from another type.
         is_quantised: whether the language model's linear layers are 4 or 8 bit.
         on_cpu: dropout keeps a mask as wide as its input, and the head is scored by plain torch operations.
-        joins_segments: attention runs one sdpa call a segment and joins the outputs, as it does on a CPU.
+        fuses_head: on a CPU, those of `vir_hf.fused_head`.
+        is_lean: norms and gated MLPs are those of `vir_hf.lean_layers`.
         lora_dropout: whether adapters drop inputs, which costs a mask and a copy for each adapted layer.
     """
 
@@ -33,36 +35,41 @@ class Numerics:
     autocast: bool
     is_quantised: bool = False
     on_cpu: bool = False
-    joins_segments: bool = False
+    fuses_head: bool = False
+    is_lean: bool = False
     lora_dropout: bool = False
 
 
-def saved_per_token(block: BlockShape, numerics: Numerics, rank: int = 0) -> dict[str, float]:
+def saved_per_token(
+    block: BlockShape, numerics: Numerics, rank: int = 0, *, checkpointing: bool = False
+) -> dict[str, float]:
     """Return the bytes a token that a block's backward pass needs and its forward pass has to keep, by what they are.
 
     Args:
         rank: of the adapters.
+        checkpointing: the forward pass is the one made again for the backward pass, in which nothing is forgotten.
     """
     compute, stream = numerics.compute_bytes, numerics.stream_bytes
-    # Norms compute in fp32: either the stream is fp32 already and is kept as it is, or its fp32 copy is kept.
-    norms = 2.0 * (4 * block.hidden_size + (4 if block.is_rms_norm else 8))
-    if block.trains_norms and block.is_rms_norm:
-        norms += 2 * block.hidden_size * stream  # the normalised values, for the gradient of the scale
+    if numerics.is_lean and block.is_rms_norm:
+        norms = 2.0 * (stream * block.hidden_size + 4)
+    else:
+        # Norms compute in fp32: either the stream is fp32 already and is kept as it is, or its fp32 copy is kept.
+        norms = 2.0 * (4 * block.hidden_size + (4 if block.is_rms_norm else 8))
+        if block.trains_norms and block.is_rms_norm:
+            norms += 2 * block.hidden_size * stream  # the normalised values, for the gradient of the scale
     attention = (block.query_size + 2 * block.key_size) * compute  # queries, keys, values
-    if numerics.joins_segments and block.key_size != block.query_size:  # keys and values are repeated for every head
-        attention = 3 * block.query_size * compute
     attention += block.query_size * compute + 4 * block.num_heads  # the output and each row's log-sum-exp
-    mlp = block.num_mlp_saved * block.mlp_size * compute
+    num_mlp_saved = 2 if numerics.is_lean and block.is_gated else block.num_mlp_saved
     return {
         "norms": norms,
         "attention": attention,
-        "mlp": mlp,
-        "linear inputs": _linear_inputs(block, numerics),
+        "mlp": num_mlp_saved * block.mlp_size * compute,
+        "linear inputs": _linear_inputs(block, numerics, forgets=numerics.is_lean and not checkpointing),
         "adapters": sum(rank * compute for linear in block.linears if linear.how == "lora"),
     }
 
 
-def _linear_inputs(block: BlockShape, numerics: Numerics) -> float:
+def _linear_inputs(block: BlockShape, numerics: Numerics, *, forgets: bool) -> float:
     """Bytes a token of the inputs that linear layers keep for the gradients of their weights or adapters."""
     compute, total = numerics.compute_bytes, 0.0
     for reads in {linear.reads: None for linear in block.linears}:
@@ -72,8 +79,10 @@ def _linear_inputs(block: BlockShape, numerics: Numerics) -> float:
         adapted = [linear for linear in readers if linear.how == "lora"]
         # A norm's output has the stream's type; attention and MLP put out what they compute in.
         source = numerics.stream_bytes if reads.endswith("input") else compute
-        # The attention kernel keeps its output anyway; joined segments are a copy of it.
-        is_kept = reads == "attention output" and not numerics.joins_segments
+        # The attention kernel keeps its output anyway; norm outputs and the MLP's product may be made again.
+        is_kept = reads == "attention output"
+        if forgets:
+            is_kept |= block.is_gated if reads == "mlp product" else block.is_rms_norm
         is_shared = False
         if trained and source == compute:
             is_shared = True
@@ -147,9 +156,12 @@ def outside_blocks(model: ModelShape, numerics: Numerics, tokens: int, supervise
 def head_bytes(model: ModelShape, numerics: Numerics, supervised: int) -> float:
     """Bytes the language-model head takes at its peak: one tile of logits, never all of them, and the gradients."""
     tile = min(supervised, TILE_TOKENS) * min(model.vocab_size, TILE_VOCABULARY)
-    # Triton turns the tile into its gradient in place; the plain torch path holds seven fp32 tensors of its size beside it,
-    # and a mask.
-    logits = tile * (numerics.compute_bytes if not numerics.on_cpu else numerics.compute_bytes + 7 * 4 + 1)
+    if numerics.fuses_head:  # logits and probabilities in fp32, and those in 16 bit
+        logits = min(supervised * model.vocab_size, CHUNK_ELEMENTS) * (2 * 4 + numerics.compute_bytes % 4)
+    elif numerics.on_cpu:  # TRL's plain torch path holds seven fp32 tensors of a tile's size beside it, and a mask
+        logits = tile * (numerics.compute_bytes + 7 * 4 + 1)
+    else:  # Triton turns the tile into its gradient in place
+        logits = tile * numerics.compute_bytes
     gradient = supervised * model.text.hidden_size * 4
     if model.head_is_trained:
         gradient += 4 * model.vocab_size * model.text.hidden_size

@@ -170,13 +170,14 @@ class Estimator:
             autocast=has_autocast,
             is_quantised=self.is_quantised,
             on_cpu=self.device.kind == "cpu",
-            joins_segments=self.device.kind == "cpu" and self.recipe.training.padding_free,
+            fuses_head=self.device.kind == "cpu" and self.recipe.training.fused_head,
+            is_lean=self.recipe.training.lean_layers and not layout.shards_weights,
             lora_dropout=bool(self.recipe.lora.arguments.get("lora_dropout")),
         )
 
     def tower_numerics(self, layout: Layout) -> Numerics:
-        """The same for the tower, which is never quantised and sees no segments."""
-        return replace(self.numerics(layout), is_quantised=False, joins_segments=False)
+        """The same for the tower, which is never quantised and whose blocks are transformers' own."""
+        return replace(self.numerics(layout), is_quantised=False, is_lean=False)
 
     def batch(self, num_rows: int | None = None) -> Batch:
         """The largest micro-batch to expect; by default of as many rows (or tokens) as the recipe says."""
@@ -249,7 +250,8 @@ class Estimator:
         model, numerics = self.model, self.numerics(layout)
         text, vision = model.text, model.vision
         casts = activations.cast_weights(text, numerics, model.rank)
-        one_block = casts + batch.tokens * sum(activations.saved_per_token(text, numerics, model.rank).values())
+        saved = activations.saved_per_token(text, numerics, model.rank, checkpointing=checkpointing)
+        one_block = casts + batch.tokens * sum(saved.values())
         tower_tokens = batch.images * model.num_tower_tokens
         features = batch.images * activations.features_per_image(model, numerics)
         held = features + activations.outside_blocks(model, numerics, batch.tokens, batch.supervised)

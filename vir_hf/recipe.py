@@ -102,6 +102,8 @@ class TrainingSection:
     balance_tokens: bool = True
     supervised_positions_only: bool = True
     fused_lora: bool = True
+    fused_head: bool = True
+    lean_layers: bool = True
     max_tokens_per_batch: int | None = None
     feature_cache: str | bool | None = None
     resume: str | None = None

@@ -79,6 +79,8 @@ _ROUNDING = (
     "training.share_prefixes",
     "training.supervised_positions_only",
     "training.fused_lora",
+    "training.fused_head",
+    "training.lean_layers",
     "training.activation_checkpointing",
     "training.activation_checkpointing_kwargs",
 )

@@ -28,6 +28,7 @@ from trl import SFTConfig, SFTTrainer
 
 from vir_hf import checkpoints, resume
 from vir_hf.errors import RunError
+from vir_hf.fused_head import fuse_head
 from vir_hf.interop import extract_projector, save_projector
 from vir_hf.loading import rounded_to
 from vir_hf.rows import BadRowPolicy
@@ -100,6 +101,7 @@ class LlavaTrainer(SFTTrainer):
         step_sampler: plans every optimizer step of this rank.
         parameter_groups: makes the optimizer's groups of a model; all trainable weights at one rate if `None`.
         supervised_positions_only: score only positions with a label, on the CPU too.
+        fused_head: on a CPU, score with `vir_hf.fused_head` in place of TRL's tiles.
         recipe: written into every checkpoint.
         identity: what `resume.identify` returned, written into every checkpoint.
     """
@@ -110,6 +112,7 @@ class LlavaTrainer(SFTTrainer):
         step_sampler: StepSampler | StreamPlan,
         parameter_groups: Callable[[nn.Module], list[dict[str, Any]]] | None = None,
         supervised_positions_only: bool = True,
+        fused_head: bool = True,
         recipe: Recipe | None = None,
         identity: dict[str, Any] | None = None,
         **kwargs: Any,
@@ -137,6 +140,8 @@ class LlavaTrainer(SFTTrainer):
         finally:
             if stands_in:
                 model._hf_peft_config_loaded = False
+        if fused_head:
+            fuse_head(self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model)
         # TRL casts the trainable weights of a quantised model to bf16, where two thirds of small updates are lost.
         for parameter, value in zip(learning, values, strict=True):
             if parameter.dtype != value.dtype and parameter.shape == value.shape:

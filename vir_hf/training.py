@@ -24,6 +24,7 @@ from vir_hf.errors import RecipeError
 from vir_hf.features import cache_for_training
 from vir_hf.fused_lora import fuse_lora
 from vir_hf.json_files import write_json
+from vir_hf.lean_layers import make_lean
 from vir_hf.llava.processing_llava import LlavaProcessor
 from vir_hf.loading import Precision, choose_precision, describe_precision, keep_base, load_model_and_processor
 from vir_hf.merging import merged_base
@@ -96,11 +97,14 @@ def _train(recipe: Recipe, signals: StopOnSignal, callbacks: Sequence[TrainerCal
     resume.together(lambda: keep_base(model, processor, recipe, is_main_process=is_main))
     collator = make_collator(recipe, processor)
     collator.feature_lookup = cache_for_training(recipe, model.model, processor, rows, arguments.device)
-    model.model.reads_vision_features = collator.feature_lookup is not None
-    model.model.sums_gradients_as_they_come = arguments.deepspeed_plugin is not None
+    inner = model.model
+    inner.reads_vision_features = collator.feature_lookup is not None
+    inner.sums_gradients_as_they_come = arguments.deepspeed_plugin is not None
     model = make_trainable(model, recipe)
     if recipe.training.fused_lora:
         fuse_lora(model)
+    if recipe.training.lean_layers and not keeps_elsewhere(arguments):
+        make_lean(inner.language_model)
     if is_main:
         report_audit(model, recipe, describe_precision(precision, model, arguments.tf32))
     identity = resume.broadcast(
@@ -129,6 +133,7 @@ def _train(recipe: Recipe, signals: StopOnSignal, callbacks: Sequence[TrainerCal
         step_sampler=sampler,
         parameter_groups=lambda wrapped: parameter_groups(wrapped, recipe),
         supervised_positions_only=recipe.training.supervised_positions_only,
+        fused_head=recipe.training.fused_head,
         recipe=recipe,
         identity=identity,
         callbacks=[StepLines(), signals, *callbacks],
@@ -149,6 +154,13 @@ def _train(recipe: Recipe, signals: StopOnSignal, callbacks: Sequence[TrainerCal
     if trainer.is_world_process_zero():
         write_json(Path(arguments.output_dir) / "metrics.json", metrics)
     return metrics
+
+
+def keeps_elsewhere(arguments: Any) -> bool:
+    """Whether something else decides what is kept for the backward pass: sharded weights, or offloaded activations."""
+    plugin = arguments.deepspeed_plugin
+    is_sharded = bool(arguments.fsdp) or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    return is_sharded or bool(arguments.activation_offloading) or (plugin is not None and plugin.zero_stage == 3)
 
 
 def report_audit(model: Any, recipe: Recipe, precision: str) -> None:

@@ -13,6 +13,7 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -78,6 +79,18 @@ class SegmentLayout:
             length + (self.lengths[prefix] if prefix >= 0 else 0)
             for length, prefix in zip(self.lengths, self.prefixes, strict=True)
         )
+
+    @cached_property
+    def pieces(self) -> tuple[tuple[slice, slice, bool], ...]:
+        """Which queries meet which keys, and whether causally: each segment on itself, then neighbours on their shared prefix."""
+        spans = [slice(start, start + length) for start, length in zip(self.starts, self.lengths, strict=True)]
+        own = [(span, span, True) for span in spans]
+        shared: list[tuple[slice, slice, bool]] = []
+        for prefix, neighbours in groupby(range(len(spans)), key=lambda index: self.prefixes[index]):
+            if prefix >= 0:
+                indices = list(neighbours)
+                shared.append((slice(spans[indices[0]].start, spans[indices[-1]].stop), spans[prefix], False))
+        return (*own, *shared)
 
     def position_ids(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """`(1, T)`: the position each token would have if its row stood alone."""
@@ -215,7 +228,26 @@ def _sdpa_per_segment(
     dropout: float,
     sliding_window: int | None,
 ) -> torch.Tensor:
-    """One call per segment. `split` has one backward node, where slices would each write a whole gradient."""
+    """One call per segment and, on a CPU, one more for all that share a prefix."""
+    is_windowed = sliding_window is not None and max(layout.key_lengths) > sliding_window
+    if query.device.type == "cpu" and query.is_floating_point() and not dropout and not is_windowed:
+        if torch.is_autocast_enabled("cpu"):  # as sdpa itself would
+            dtype = torch.get_autocast_dtype("cpu")
+            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        return _SegmentsOnCpu.apply(query, key, value, layout, scaling)  # type: ignore[no-any-return]
+    return _sdpa_with_masks(query, key, value, layout, scaling, dropout, sliding_window)
+
+
+def _sdpa_with_masks(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: SegmentLayout,
+    scaling: float,
+    dropout: float,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    """`split` has one backward node, where slices would each write a whole gradient."""
     num_heads = query.shape[1]
     queries = query.split(layout.lengths, dim=2)
     keys = _repeat_heads(key, num_heads).split(layout.lengths, dim=2)
@@ -234,12 +266,97 @@ def _sdpa_per_segment(
                 ("mask", num_queries, num_keys, window, q.device),
                 partial(_lower_right_mask, num_queries, num_keys, window, q.device),
             )
-        outputs.append(
-            functional.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
-            )
+        output = functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
         )
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
+        outputs.append(output.transpose(1, 2))
+    return torch.cat(outputs, dim=1)
+
+
+_cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_cpu_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class _SegmentsOnCpu(torch.autograd.Function):
+    """torch's CPU attention kernel over pieces: a segment on itself, and all that share a prefix on that prefix.
+
+    The two pieces of a continuation are joined by their log-sum-exps, so no mask is read and nothing that a mask would hide is
+    computed. The backward kernel gets the joined output and log-sum-exp, which makes each piece's gradient its share of the
+    whole. Grouped queries read their keys and values where they are, nothing is repeated.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: SegmentLayout, scaling: float
+    ) -> torch.Tensor:
+        """`query` (1, heads, T, d), `key` and `value` (1, kv_heads, T, d) -> (1, T, heads, d)."""
+        _, num_heads, length, size = query.shape
+        output = query.new_empty(1, length, num_heads, size)
+        q, k, v, out = _grouped(query, key, value, output)
+        precise = torch.float64 if query.dtype == torch.float64 else torch.float32
+        sums = q.new_empty(q.shape[:3], dtype=precise)  # log-sum-exp of every query: (kv_heads, group, T)
+        for queries, keys, is_causal in layout.pieces:
+            part, part_sums = _cpu_attention(
+                q[:, :, queries], k[:, :, keys], v[:, :, keys], 0.0, is_causal, scale=scaling
+            )
+            if is_causal:
+                out[:, :, queries], sums[:, :, queries] = part, part_sums
+                continue
+            before = sums[:, :, queries]
+            joined = torch.logaddexp(before, part_sums)
+            own = out[:, :, queries] * (before - joined).exp_().unsqueeze(-1)
+            out[:, :, queries] = own.addcmul_(part, (part_sums - joined).exp_().unsqueeze(-1))
+            sums[:, :, queries] = joined
+        ctx.save_for_backward(query, key, value, output, sums)
+        ctx.layout, ctx.scaling = layout, scaling
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> Any:
+        query, key, value, output, sums = ctx.saved_tensors
+        grad_query, grad_key, grad_value = (_token_major(states) for states in (query, key, value))
+        q, k, v, out = _grouped(query, key, value, output)
+        grad_q, grad_out = _by_group(grad_query, k.shape[0]), _by_group(grad_output.transpose(1, 2), k.shape[0])
+        for queries, keys, is_causal in ctx.layout.pieces:
+            parts = _cpu_attention_backward(
+                grad_out[:, :, queries],
+                q[:, :, queries],
+                k[:, :, keys],
+                v[:, :, keys],
+                out[:, :, queries],
+                sums[:, :, queries],
+                0.0,
+                is_causal,
+                scale=ctx.scaling,
+            )
+            if is_causal:  # every token's first piece
+                grad_q[:, :, queries] = parts[0]
+                grad_key[0, :, keys], grad_value[0, :, keys] = parts[1].sum(1), parts[2].sum(1)
+            else:
+                grad_q[:, :, queries] += parts[0]
+                grad_key[0, :, keys] += parts[1].sum(1)
+                grad_value[0, :, keys] += parts[2].sum(1)
+        return grad_query, grad_key, grad_value, None, None
+
+
+def _token_major(states: torch.Tensor) -> torch.Tensor:
+    """An empty `(1, heads, T, d)` whose memory runs by token, as the projections write and read it."""
+    batch, heads, length, size = states.shape
+    return states.new_empty(batch, length, heads, size).transpose(1, 2)
+
+
+def _by_group(states: torch.Tensor, num_groups: int) -> torch.Tensor:
+    """`(1, heads, T, d)` -> `(kv_heads, heads a group, T, d)`, a view: the kernel's batch is one key head."""
+    return states[0].unflatten(0, (num_groups, -1))
+
+
+def _grouped(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys, values and output by key head; keys and values stand for every head of their group."""
+    num_groups, size = key.shape[1], (key.shape[1], query.shape[1] // key.shape[1], *key.shape[2:])
+    keys, values = (states[0].unsqueeze(1).expand(size) for states in (key, value))
+    return _by_group(query, num_groups), keys, values, _by_group(output.transpose(1, 2), num_groups)
 
 
 def _flat_states(
