@@ -24,7 +24,7 @@ def test_the_proof_holds(tiny_parts: Path, tmp_path: Path, capsys, trainable: st
     assert doctor.main([*overrides, "--json", "-"]) == 0
     findings = json.loads(capsys.readouterr().out)
     ways = {entry["name"]: entry for entry in findings["comparisons"]}
-    assert len(ways) == 6 and all(entry["is_exact"] for entry in ways.values())
+    assert len(ways) == 7 and all(entry["is_exact"] for entry in ways.values())
     assert ways["shared prefixes"]["num_tokens"] < ways["padding-free"]["num_tokens"] < ways["padded"]["num_tokens"]
 
 

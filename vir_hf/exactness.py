@@ -10,9 +10,13 @@ import torch
 from torch import nn
 
 from vir_hf.collator import LlavaDataCollator
+from vir_hf.fused_head import score
+from vir_hf.fused_lora import fuse_lora
+from vir_hf.lean_layers import make_lean
 from vir_hf.trainer import IGNORED, compact_supervised
 
 TOLERANCE = 1e-5
+OUR_LAYERS = "the same with fused LoRA, lean layers and the fused head"
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,9 @@ class Comparison:
 def compare_ways(
     model: nn.Module, processor: Any, rows: Sequence[dict[str, Any]], max_length: int | None = None
 ) -> list[Comparison]:
-    """Return one comparison a way: padded, padding-free, with shared prefixes, and cut into two micro-batches.
+    """Return one comparison a way: padded, padding-free, with shared prefixes, cut into micro-batches, with our layers.
+
+    The last way puts our layers into the model, where they stay.
 
     Args:
         model: a `LlavaForCausalLM` or a PEFT model around one, in fp32, with the weights trained that a run would train.
@@ -71,8 +77,12 @@ def compare_ways(
             "one row at a time", reference[0], 0.0, 0.0, "", sum(len(alone([row])["input_ids"][0]) for row in rows)
         )
     ]
+    ways[OUR_LAYERS] = ways["shared prefixes, supervised positions only"]
     for name, batches in ways.items():
-        loss, gradients = _loss_and_gradients(model, batches)
+        if name == OUR_LAYERS:
+            fuse_lora(model)
+            make_lean(_whole(model).model.language_model)
+        loss, gradients = _loss_and_gradients(model, batches, with_head=name == OUR_LAYERS)
         difference, worst = _largest_difference(gradients, reference[1])
         tokens = sum(batch["input_ids"].numel() for batch in batches)
         comparisons.append(
@@ -81,17 +91,30 @@ def compare_ways(
     return comparisons
 
 
-def _loss_and_gradients(model: nn.Module, batches: Sequence[dict[str, Any]]) -> tuple[float, dict[str, torch.Tensor]]:
+def _whole(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _loss_and_gradients(
+    model: nn.Module, batches: Sequence[dict[str, Any]], *, with_head: bool = False
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """Summed over batches; `with_head`: scored as in training on a CPU, not from the logits."""
     device = next(model.parameters()).device
+    whole = _whole(model)
     model.zero_grad(set_to_none=True)
     total, count = 0.0, 0
     for batch in batches:
         inputs = {name: value.to(device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
-        targets = inputs.pop("labels")[:, 1:]
-        logits = model(**inputs, use_cache=False).logits[:, :-1]
-        loss = nn.functional.cross_entropy(
-            logits.reshape(-1, logits.shape[-1]).float(), targets.reshape(-1), ignore_index=IGNORED, reduction="sum"
-        )
+        labels = inputs.pop("labels")
+        targets = labels[:, 1:]
+        if with_head and device.type == "cpu":
+            hidden = whole.model(**inputs, use_cache=False).last_hidden_state
+            loss = -score(hidden, whole.lm_head.weight, labels).log_probs.sum()
+        else:
+            logits = model(**inputs, use_cache=False).logits[:, :-1]
+            loss = nn.functional.cross_entropy(
+                logits.reshape(-1, logits.shape[-1]).float(), targets.reshape(-1), ignore_index=IGNORED, reduction="sum"
+            )
         loss.backward()
         total, count = total + loss.item(), count + int((targets != IGNORED).sum())
     gradients = {name: p.grad.detach().clone() for name, p in model.named_parameters() if p.grad is not None}

@@ -32,10 +32,10 @@ class ScoredOutput(ModelOutput):
         label_mask: where a label is.
     """
 
-    log_probs: torch.Tensor | None = None
-    entropy: torch.Tensor | None = None
-    is_top1: torch.Tensor | None = None
-    label_mask: torch.Tensor | None = None
+    log_probs: Any = None
+    entropy: Any = None
+    is_top1: Any = None
+    label_mask: Any = None
     aux_loss: torch.Tensor | None = None
 
 
