@@ -153,3 +153,32 @@ def test_photographs_bit_equal_and_fast(shared_data: Path):
             expected = by_transformers(processor, open_image(file))
             assert torch.equal(exact(file), expected), (name, file)
             assert grey_levels(processor, fast(file), expected).mean() < 0.05, (name, file)
+
+
+@pytest.mark.parametrize("method", [Image.Resampling.BICUBIC, Image.Resampling.BILINEAR], ids=["bicubic", "bilinear"])
+@pytest.mark.parametrize(
+    "size",
+    [(640, 480), (480, 640), (500, 375), (375, 500), (640, 427), (427, 640), (612, 612), (101, 900), (900, 101)],
+    ids=str,
+)
+def test_windows_of_a_resized_picture_have_its_bits(size: tuple[int, int], method: Image.Resampling) -> None:
+    noise = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    shorter = min(size)
+    for edge in (336, 77, 13):
+        new = (int(edge * size[0] / shorter), int(edge * size[1] / shorter))
+        left, top = (new[0] - edge) // 2, (new[1] - edge) // 2
+        for box in ((left, top, left + edge, top + edge), (0, 0, edge, edge), (left, 0, *new)):
+            found = preprocessing.resize_and_crop(image, new, box, method)
+            assert found.size == (box[2] - box[0], box[3] - box[1])
+            assert found.tobytes() == image.resize(new, method).crop(box).tobytes(), (new, box)
+
+
+def test_pixels_with_a_spare_byte_make_the_same_picture() -> None:
+    assert preprocessing.pixels_can_be_shared()  # with the Pillow that the tests run with
+    pixels = np.random.default_rng(2).integers(0, 256, (9, 11, 4), dtype=np.uint8)
+    shared = preprocessing.as_image(pixels)
+    expected = Image.fromarray(np.ascontiguousarray(pixels[:, :, :3]))
+    assert shared.mode == "RGB" and shared.tobytes() == expected.tobytes()
+    assert shared.rotate(90).tobytes() == expected.rotate(90).tobytes()
+    assert shared.crop((1, 2, 9, 12)).tobytes() == expected.crop((1, 2, 9, 12)).tobytes()

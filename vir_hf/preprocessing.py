@@ -59,22 +59,22 @@ class ImagePreprocessor:
         """
         picture = self._read(source)
         if not self._does_it_here:
-            image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+            image = picture if isinstance(picture, Image.Image) else as_image(picture)
             return torch.as_tensor(self.image_processor(image, return_tensors="pt")["pixel_values"][0])
         if self.exact:
-            image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
-            picture = self._resize_exactly(image)
-        # Pillow's pixels are copied, because torch cannot share memory it may not write to.
+            image = self._resize_exactly(picture if isinstance(picture, Image.Image) else as_image(picture))
+            # Copied, because torch cannot share memory it may not write to.
+            return self._normalise(torch.stack([torch.from_numpy(np.array(band)) for band in image.split()]))
         pixels = np.array(picture) if isinstance(picture, Image.Image) else picture
-        planes = torch.from_numpy(pixels).permute(2, 0, 1)
-        return self._normalise(planes if self.exact else self._resize(planes))
+        return self._normalise(self._resize(torch.from_numpy(pixels).permute(2, 0, 1)))
 
     def _read(self, source: ImageSource) -> Image.Image | np.ndarray:
         """Return the picture upright and in RGB, as `(height, width, 3)` pixels where the fast decoder can."""
         if isinstance(source, Image.Image):
             return to_rgb(source)
         data, name = read_image_bytes(source, allow_urls=self.allow_urls)
-        pixels = decode_jpeg(data) if self._has_fast_decoder else None
+        as_it_is = (self.exact or not self._does_it_here) and pixels_can_be_shared()
+        pixels = decode_jpeg(data, with_spare_byte=as_it_is) if self._has_fast_decoder else None
         return decode_image(data, name) if pixels is None else pixels
 
     def _read_config(self, processor: Any) -> bool:
@@ -184,8 +184,8 @@ class ImagePreprocessor:
         return values.div_(255).sub_(self._scale[0]).div_(self._scale[1])
 
 
-def decode_jpeg(data: bytes) -> np.ndarray | None:
-    """Return `(height, width, 3)` RGB pixels, or None for what only Pillow can open the right way.
+def decode_jpeg(data: bytes, *, with_spare_byte: bool = False) -> np.ndarray | None:
+    """Return `(height, width, 3)` RGB pixels (4 with a spare byte), or None for what only Pillow can open the right way.
 
     That is: no JPEG, a CMYK one, one that EXIF says to turn, one too large, or a damaged one.
     """
@@ -197,7 +197,7 @@ def decode_jpeg(data: bytes) -> np.ndarray | None:
         height, width, colour_space, _ = simplejpeg.decode_jpeg_header(data)
         if colour_space not in ("RGB", "YCbCr", "Gray") or height * width > MAX_PIXELS:
             return None
-        pixels: np.ndarray = simplejpeg.decode_jpeg(data)
+        pixels: np.ndarray = simplejpeg.decode_jpeg(data, colorspace="RGBA" if with_spare_byte else "RGB")
     except ValueError:
         return None
     return pixels
@@ -214,6 +214,33 @@ def decoders_agree() -> bool:
         if pixels is None or not np.array_equal(pixels, np.asarray(decode_image(buffer.getvalue(), "probe"))):
             return False
     return True
+
+
+def as_image(pixels: np.ndarray) -> Image.Image:
+    """Return `(height, width, 3)` or, with a byte to spare, `(height, width, 4)` pixels as an RGB image.
+
+    Pillow stores RGB in four bytes a pixel, so the second kind is taken as it is, where Pillow lets it be called RGB.
+    """
+    if pixels.shape[2] == 3:
+        return Image.fromarray(pixels)
+    height, width, _ = pixels.shape
+    image = Image.frombuffer("RGBX", (width, height), pixels, "raw", "RGBX", 0, 1)
+    image.im.setmode("RGB")  # the core's own, without a copy
+    image._mode = "RGB"
+    return image
+
+
+@functools.cache
+def pixels_can_be_shared() -> bool:
+    """Whether `as_image` works with this Pillow for pixels of four bytes, tried once."""
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 4), dtype=np.uint8)
+    try:
+        image = as_image(pixels)
+        expected = Image.fromarray(np.ascontiguousarray(pixels[:, :, :3]))
+        is_same = np.array_equal(np.asarray(image), np.asarray(expected))
+        return is_same and image.resize((3, 4)).tobytes() == expected.resize((3, 4)).tobytes()
+    except (AttributeError, ValueError, TypeError):
+        return False
 
 
 def columns_come_first(size: tuple[int, int], new_size: tuple[int, int]) -> bool:
@@ -255,12 +282,54 @@ def resize_and_crop(
 def _resize_in_passes(
     image: Image.Image, size: tuple[int, int], box: tuple[int, int, int, int], method: Image.Resampling
 ) -> Image.Image:
-    left, top, right, bottom = box
+    (width, height), (new_width, new_height), (left, top, right, bottom) = image.size, size, box
     if columns_come_first(image.size, size):
-        image = image.resize((image.width, size[1]), method).crop((0, top, image.width, bottom))
-        return image.resize((size[0], image.height), method).crop((left, 0, right, image.height))
-    image = image.resize((size[0], image.height), method).crop((left, 0, right, image.height))
-    return image.resize((image.width, size[1]), method).crop((0, top, image.width, bottom))
+        image = _resize_rows_or_columns(image, (width, new_height), (0, top, width, bottom), method)
+        return _resize_rows_or_columns(image, (new_width, image.height), (left, 0, right, image.height), method)
+    # Only the rows that the second pass will read; the others stay black and are never looked at.
+    first, last = _lines_read(height, new_height, top, bottom)
+    rows = image if (first, last) == (0, height) else image.crop((0, first, width, last))
+    rows = _resize_rows_or_columns(rows, (new_width, last - first), (left, 0, right, last - first), method)
+    if rows.height != height:
+        canvas = Image.new("RGB", (rows.width, height))
+        canvas.paste(rows, (0, first))
+        rows = canvas
+    return _resize_rows_or_columns(rows, (rows.width, new_height), (0, top, rows.width, bottom), method)
+
+
+def _resize_rows_or_columns(
+    image: Image.Image, size: tuple[int, int], box: tuple[int, int, int, int], method: Image.Resampling
+) -> Image.Image:
+    """`image.resize(size, method).crop(box)`, where either width or height stays what it was."""
+    across = size[0] != image.width
+    old, new = (image.width, size[0]) if across else (image.height, size[1])
+    first, last = (box[0], box[2]) if across else (box[1], box[3])
+    if old == new:
+        return image.crop(box)
+    # Pillow reads a box as 32-bit floats. Where its edges are exact in those, weights inside it are those of the whole; so the
+    # window grows to the next edges that are.
+    start = next(line for line in range(first, -1, -1) if _is_exact(line * old, new))
+    end = next(line for line in range(last, new + 1) if _is_exact(line * old, new))
+    if (start, end) == (0, new):
+        return image.resize(size, method).crop(box)
+    edges = (start * old / new, end * old / new)
+    if across:
+        part = image.resize((end - start, image.height), method, box=(edges[0], 0, edges[1], image.height))
+        return part.crop((first - start, box[1], last - start, box[3]))
+    part = image.resize((image.width, end - start), method, box=(0, edges[0], image.width, edges[1]))
+    return part.crop((box[0], first - start, box[2], last - start))
+
+
+def _is_exact(numerator: int, denominator: int) -> bool:
+    """Whether a quotient of pixels has no more than ten binary places; 13 bits before them and these fit into a float."""
+    return (numerator << 10) % denominator == 0
+
+
+def _lines_read(old: int, new: int, first: int, last: int) -> tuple[int, int]:
+    """The first and past the last of `old` lines that lines `first` to `last` of `new` are made of, and a little more."""
+    scale = old / new
+    reach = 2 * max(scale, 1.0) + 2  # of the bicubic filter, the wider of the two
+    return max(0, int(first * scale - reach)), min(old, int(last * scale + reach) + 1)
 
 
 def recommended_num_workers(num_local_ranks: int = 1) -> int:
