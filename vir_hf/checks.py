@@ -18,7 +18,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from vir_hf.conversations import FATAL_KINDS, PROBLEM_KINDS, encode_row, row_problems, to_messages
+from vir_hf.conversations import (
+    FATAL_KINDS,
+    IGNORE,
+    PROBLEM_KINDS,
+    encode_messages,
+    encode_row,
+    row_problems,
+    sound_messages,
+)
 from vir_hf.errors import DataError, ImageError, RecipeError
 from vir_hf.image_folder import ImageFolder
 from vir_hf.images import ImageHeader, is_misnamed, open_image, read_image_header
@@ -244,7 +252,7 @@ def _check_row(raw: Any, number: int, result: _PartResult) -> None:
     problems = list(row_problems(raw))
     result.keys.append((number, row_id, _digest(raw)))
     if not any(kind in FATAL_KINDS for kind, _ in problems):
-        problems += _check_content(to_messages(raw), number, row_id, result)
+        problems += _check_content(sound_messages(raw), number, row_id, result)
     result.problems += [
         Problem(result.file, number, row_id, kind, _printable(detail)) for kind, detail in dict.fromkeys(problems)
     ]
@@ -263,10 +271,10 @@ def _check_content(row: dict[str, Any], number: int, row_id: str, result: _PartR
     if _CHECK.processor is None:
         result.lengths.append(sum(len(p.get("text") or "") for m in row["messages"] for p in m["content"]))
     else:
-        encoded = encode_row(row, _CHECK.processor)
-        num_tokens = len(encoded["input_ids"])
+        labels = encode_messages(row["messages"], _CHECK.processor, expand_images=False)["labels"]
+        num_tokens = len(labels) + len(row["images"]) * (_CHECK.processor.num_image_tokens - 1)
         result.lengths.append(num_tokens)
-        result.supervised.append(sum(label >= 0 for label in encoded["labels"]))
+        result.supervised.append(len(labels) - labels.count(IGNORE))
         if _CHECK.max_length is not None and num_tokens > _CHECK.max_length:
             yield _too_long(row, num_tokens, _CHECK.max_length)
 

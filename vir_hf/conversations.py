@@ -47,6 +47,11 @@ def to_messages(row: Any, *, where: str = "") -> dict[str, Any]:
     for kind, detail in row_problems(row):
         if kind in FATAL_KINDS:
             raise DataError(f"{_place(row, where)}{detail}. {PROBLEM_KINDS[kind]}")
+    return sound_messages(row)
+
+
+def sound_messages(row: Any) -> dict[str, Any]:
+    """`to_messages` of a row in which `row_problems` has found nothing of `FATAL_KINDS`."""
     turns, images = _turns(row), _images(row)
     messages = _join_turns([(role, _parts(value, role, _reads_words(turns, images))) for role, value in turns])
     if images and not any(part["type"] == "image" for message in messages for part in message["content"]):
@@ -263,14 +268,21 @@ def encode_row(
     """
     row = to_messages(row, where=where)
     try:
-        encoded = _encode(row["messages"], processor, expand_images)
-        if not encoded.ends:
-            raise DataError(f"nothing to learn: no answer has text in it. {PROBLEM_KINDS['nothing_supervised']}")
-        if max_length is None:
-            return {"input_ids": encoded.input_ids, "labels": encoded.labels}
-        return _fit(row["messages"], encoded, processor, expand_images, max_length)
+        return encode_messages(row["messages"], processor, expand_images, max_length)
     except DataError as error:
         raise DataError(f"{_place(row, where)}{error}") from error
+
+
+def encode_messages(
+    messages: list[dict[str, Any]], processor: Any, expand_images: bool = True, max_length: int | None = None
+) -> dict[str, Any]:
+    """`encode_row` for the messages that `to_messages` returned, which are not looked through again."""
+    encoded = _encode(messages, processor, expand_images)
+    if not encoded.ends:
+        raise DataError(f"nothing to learn: no answer has text in it. {PROBLEM_KINDS['nothing_supervised']}")
+    if max_length is None:
+        return {"input_ids": encoded.input_ids, "labels": encoded.labels}
+    return _fit(messages, encoded, processor, expand_images, max_length)
 
 
 def _fit(
