@@ -135,6 +135,14 @@ class TestCommand:
         assert row["id"] == "r4" and row["num_supervised_tokens"] > 0
         assert cli.main([*command[:5], "--random", "2", "--seed", "1"]) == 0
 
+    def test_a_broken_picture_is_told_by_its_row(self, files, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+        rows, processor = files
+        (tmp_path / "1.png").write_bytes((tmp_path / "1.png").read_bytes()[:-40])
+        assert cli.main(["data", "inspect", rows, "--processor", processor]) == 1
+        shown = capsys.readouterr()
+        assert [n for n in range(6) if f"Number {n}." in shown.out] == [0, 1, 2]
+        assert "error: row 1: " in shown.err and "1.png" in shown.err and "row 0" not in shown.err
+
     def test_a_tokenizer_is_enough_for_text(self, files, capsys: pytest.CaptureFixture[str]):
         rows, processor = files
         command = ["data", "inspect", rows, "--tokenizer", processor, "--image-tokens", "9", "--template", "plain"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import warnings
 from typing import Any, BinaryIO, NamedTuple
 
@@ -91,7 +92,12 @@ def _open(file: BinaryIO, name: str) -> Image.Image:
     try:
         image = Image.open(file)
     except Image.DecompressionBombError as error:
-        raise ImageError("image_too_large", f"{name}: {error} A picture this size is refused; shrink it.") from error
+        found = re.search(r"\d+ pixels", str(error))  # Pillow's own limit, which it goes on to name, is twice ours
+        raise ImageError(
+            "image_too_large",
+            f"{name}: {found.group() if found else 'too many pixels'}; expected at most {MAX_PIXELS} in all. "
+            "Shrink the picture.",
+        ) from error
     except UnidentifiedImageError as error:
         raise ImageError(
             "image_unreadable",

@@ -26,23 +26,28 @@ Learned tokens are green and stand between \u00ab and \u00bb; a picture's tokens
 
 
 def main(argv: list[str]) -> int:
-    """Show rows; return 0, or 1 when one of them cannot be trained on."""
+    """Show rows; return 0, or 1 when one of them, or a picture of one, cannot be trained on."""
     arguments = _parse(argv)
     processor, rows, max_length, lead = _open(arguments)
+    from vir_hf.image_folder import is_url
+    from vir_hf.images import open_image
     from vir_hf.inspection import as_page, as_terminal_text, inspect_row
 
     shown, failed = [], []
     for number in _choose(arguments, rows):
         try:
             shown.append(inspect_row(rows[number], number, processor, max_length))
+            for image in shown[-1].images:
+                if not is_url(_name(image)):
+                    open_image(image)
         except DataError as error:
-            failed.append(str(error))
+            failed.append(str(error) if str(error).startswith("row ") else f"row {number}: {error}")
     if arguments.json != "-":
         console = Console(highlight=False)
         for row in shown:
             console.print(Text(row.title, style="bold"), soft_wrap=True)
             for image in row.images:
-                console.print(Text(f"image {image.get('path') or 'embedded in the row'}", style="dim"), soft_wrap=True)
+                console.print(Text(f"image {_name(image) or 'embedded in the row'}", style="dim"), soft_wrap=True)
             console.print(as_terminal_text(row, arguments.ids), soft_wrap=True)
             console.print()
     if arguments.json:
@@ -56,6 +61,10 @@ def main(argv: list[str]) -> int:
     for reason in failed:
         print(f"error: {reason}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _name(image: Any) -> str:
+    return (image.get("path") or "") if isinstance(image, dict) else str(image)
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
