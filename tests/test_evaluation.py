@@ -112,7 +112,7 @@ def test_a_run_is_scored_before_and_after_and_the_card_says_so(
 
 
 def test_an_adapters_base_is_the_model_before(tiny_parts: Path, heldout: Path, tmp_path: Path) -> None:
-    values = {"lora": "default", "trainable.language_model": "lora", "training.learning_rate": 2e-2}
+    values = {"lora": "default", "trainable.language_model": "lora", "training.learning_rate": 1e-2}
     run = train_run(tiny_parts, tmp_path / "run", **values)
     call = ["evaluate", str(run), "--data", str(heldout), "--image-folder", str(tiny_parts / "images")]
     assert cli.main([*call, "--before", "--max-new-tokens", "20", "--device", "cpu"]) == 0

@@ -113,7 +113,7 @@ def check_repo_id(repo_id: str) -> None:
             raise ValueError("it has no owner")
     except ValueError as error:
         raise RecipeError(
-            f"{repo_id!r} is no name on the Hub: {error}. Expected USER/NAME or ORGANISATION/NAME."
+            f"{repo_id!r} is no name on the Hub: {str(error).rstrip('.')}. Expected USER/NAME or ORGANISATION/NAME."
         ) from error
 
 

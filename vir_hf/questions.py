@@ -14,7 +14,7 @@ from vir_hf.inference import Question
 
 
 def read_questions(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a `.jsonl` or `.json` file, each with an `id` (its number if it has none) that no other has.
+    """Return the rows of a `.jsonl` or `.json` file, each with an `id` (its number from 0 if it has none) that no other has.
 
     Raises:
         DataError: no such file, a line that is no object, an id that comes twice.
@@ -29,7 +29,7 @@ def read_questions(path: Path) -> list[dict[str, Any]]:
         lines = enumerate(text.splitlines(), 1)
         rows = [json_value(line, f"{path} line {number}") for number, line in lines if line.strip()]
     seen: dict[str, int] = {}
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(rows):
         if not isinstance(row, dict):
             raise DataError(f"{path} row {number}: found {type(row).__name__}, expected an object with a question.")
         given = next((row[key] for key in ("id", "question_id") if row.get(key) not in (None, "")), number)
