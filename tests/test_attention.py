@@ -146,3 +146,15 @@ def test_a_mask_or_a_lost_layout_raises() -> None:
         segment_attention(
             nn.Module(), query, key, value, segment_mask_sentinel(query.device), segment_layout=layout, softcap=30.0
         )
+
+
+def test_values_of_another_width_and_odd_strides() -> None:
+    layout = LAYOUTS["shared prefix"]
+    query, key, value = (state.detach() for state in states(layout.num_tokens))
+    wide = torch.cat([value, value], dim=-1)
+    both = BACKENDS["sdpa"](query, key, wide, layout, WIDTH**-0.5, 0.0, None)
+    one = BACKENDS["sdpa"](query, key, value, layout, WIDTH**-0.5, 0.0, None)
+    assert torch.allclose(both, torch.cat([one, one], dim=-1))
+    turned = [state.transpose(2, 3).contiguous().transpose(2, 3) for state in (query, key, value)]
+    assert turned[0].stride(-1) != 1
+    assert torch.allclose(BACKENDS["sdpa"](*turned, layout, WIDTH**-0.5, 0.0, None), one)

@@ -131,3 +131,20 @@ def test_a_head_with_a_bias_is_scored_by_trl() -> None:
     assert not isinstance(scored, fused_head.ScoredOutput)
     expected = torch.log_softmax(model(input_ids=ids).logits, -1)[:, :-1].gather(2, ids[:, 1:, None]).squeeze(2)
     assert torch.allclose(scored.log_probs, expected, atol=1e-5)
+
+
+def test_in_sixteen_bits_a_nearly_certain_token_keeps_its_small_gradient() -> None:
+    hidden, weight, labels = (x.detach() for x in inputs(torch.bfloat16))
+    certain = torch.nn.functional.normalize(weight[labels.clamp(min=0)].float(), dim=-1)
+    scale = 3.0
+    hidden[:, :-1] = (scale * certain[:, 1:]).to(torch.bfloat16)
+    states = [hidden.clone().requires_grad_(), hidden.double().requires_grad_()]
+    found, exact = (score(state, weight.to(state.dtype), labels) for state in states)
+    assert float(exact.log_probs.exp().max()) > 0.99
+    for scored in (found, exact):
+        scored.log_probs.sum().backward()
+    grad, expected = (state.grad.double() for state in states)
+    rows = exact.label_mask & (exact.log_probs > -0.2)
+    error = (grad - expected)[:, :-1][rows].norm(dim=-1) / expected[:, :-1][rows].norm(dim=-1)
+    assert rows.any() and float(error.max()) < 0.15
+    assert torch.allclose(found.entropy, exact.entropy.float(), atol=0.1) and float(found.entropy.min()) > -1e-3

@@ -30,8 +30,8 @@ def outcome(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"use_rslora": True}, {"lora_dropout": 0.3}, {"use_dora": True}, {"lora_bias": True}],
-    ids=["plain", "rslora", "dropout", "dora", "bias"],
+    [{}, {"bias": "all"}, {"use_rslora": True}, {"lora_dropout": 0.3}, {"use_dora": True}, {"lora_bias": True}],
+    ids=["plain", "base biases", "rslora", "dropout", "dora", "bias"],
 )
 @pytest.mark.parametrize("autocast", [False, True])
 def test_outputs_and_gradients_are_pefts(changes: dict, autocast: bool) -> None:
@@ -72,3 +72,16 @@ def test_16_bit_weights_without_autocast_keep_their_type() -> None:
     x = torch.randn(3, 12, dtype=torch.bfloat16)
     assert fused(x).dtype == torch.bfloat16
     assert torch.allclose(fused(x), stock(x), atol=2e-2)
+
+
+def test_the_output_may_be_changed_in_place_and_be_empty() -> None:
+    stock = make()
+    fused = copy.deepcopy(stock)
+    fuse_lora(fused)
+    results = []
+    for model in (stock, fused):
+        out = model.base_model.model[0](torch.ones(2, 12)).clamp_(-0.1, 0.1)  # as OLMo clips its queries
+        out.sum().backward()
+        results.append(model.base_model.model[0].lora_B["default"].weight.grad)
+    assert torch.allclose(*results)
+    assert fused(torch.ones(0, 12)).shape == (0, 6)

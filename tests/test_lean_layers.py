@@ -26,7 +26,7 @@ SIZES = {
     "pad_token_id": 0,
 }
 # Families whose norms and MLPs are of Llama's kind, and those that only share their names.
-LEAN, OTHERS = ["llama", "mistral", "qwen2", "qwen3", "smollm3"], ["gemma2", "gpt_neox"]
+LEAN, OTHERS = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2"], ["gemma2", "gpt_neox"]
 
 
 def make(family: str = "llama", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -171,3 +171,98 @@ def test_an_error_inside_a_layer_leaves_nothing_behind() -> None:
     with pytest.raises(Exception, match="size|shape|dimension"):
         model.layers[0](torch.zeros(1, 4, 31), position_embeddings=(torch.zeros(1, 4, 8),) * 2)
     assert getattr(lean_layers._here, "kept", None) is None
+
+
+class Norm(nn.Module):
+    """Llama's norm, with one thing changed at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, 8))
+        self.variance_epsilon = 1e-6
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * normed.to(x.dtype)
+
+
+class CastsLast(Norm):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.float()).to(x.dtype)
+
+
+class TakesGate(Norm):
+    def forward(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        return super().forward(x if gate is None else x * gate)
+
+
+class NeedsGate(Norm):
+    def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        return super().forward(x * gate)
+
+
+class Centres(Norm):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x - x.mean(-1, keepdim=True))
+
+
+class Mlp(nn.Module):
+    """Llama's MLP, with one thing changed at a time."""
+
+    limit, rate = float("inf"), 0.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = (nn.Linear(8, 8, bias=False) for _ in range(3))
+        self.act_fn = nn.SiLU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        product = self.act_fn(self.gate_proj(x)) * self.up_proj(x).clamp(-self.limit, self.limit)
+        return self.down_proj(nn.functional.dropout(product, self.rate, self.training))
+
+
+class Clamps(Mlp):
+    limit = 10.0
+
+
+class Drops(Mlp):
+    rate = 0.5
+
+
+class LearnsToActivate(Mlp):
+    def __init__(self) -> None:
+        super().__init__()
+        self.act_fn = nn.PReLU()
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_known"),
+    [
+        (Norm, True),
+        (CastsLast, False),
+        (TakesGate, False),
+        (NeedsGate, False),
+        (Centres, False),
+        (Mlp, True),
+        (Clamps, False),
+        (Drops, False),
+        (LearnsToActivate, False),
+    ],
+)
+def test_only_what_computes_the_same_is_changed(kind: type[nn.Module], is_known: bool) -> None:
+    model = nn.Module()
+    model.part = kind().eval()
+    make_lean(model)
+    assert isinstance(model.part, lean_layers._Lean) is is_known
+    x = torch.linspace(-3, 3, 16).view(2, 8).requires_grad_()
+    if kind is Norm:
+        assert torch.allclose(model.part(x), Norm.forward(model.part, x))
+        assert model.part(x.double()).dtype == torch.float64  # left to the original
+
+
+def test_what_was_offered_is_let_go_with_its_factors() -> None:
+    kept = lean_layers._Kept()
+    kept.offer(torch.ones(2), lambda: torch.ones(2))
+    kept.withdraw()
+    assert kept._offered is None and isinstance(kept.pack(torch.ones(2)), torch.Tensor)

@@ -174,6 +174,15 @@ def test_windows_of_a_resized_picture_have_its_bits(size: tuple[int, int], metho
             assert found.tobytes() == image.resize(new, method).crop(box).tobytes(), (new, box)
 
 
+def test_edges_that_a_float_cannot_hold_are_not_exact() -> None:
+    assert preprocessing._is_exact(56 * 640, 448) and not preprocessing._is_exact(56 * 640, 503)
+    assert not preprocessing._is_exact(22_705 * 1024 + 729, 1024)  # ten binary places, but 15 bits before them
+    noise = np.random.default_rng(3).integers(0, 256, (12, 45_715, 3), dtype=np.uint8)
+    image, new = Image.fromarray(noise), (1_828, 12)
+    found = preprocessing.resize_and_crop(image, new, (908, 0, 920, 12), Image.Resampling.BICUBIC)
+    assert found.tobytes() == image.resize(new, Image.Resampling.BICUBIC).crop((908, 0, 920, 12)).tobytes()
+
+
 def test_pixels_with_a_spare_byte_make_the_same_picture() -> None:
     assert preprocessing.pixels_can_be_shared()  # with the Pillow that the tests run with
     pixels = np.random.default_rng(2).integers(0, 256, (9, 11, 4), dtype=np.uint8)

@@ -120,13 +120,20 @@ class _ScoredTokens(torch.autograd.Function):
                 target = logits.gather(1, wanted)
                 probs = torch.softmax(logits, 1)
                 log_sum = greatest - probs.gather(1, likeliest).log_()  # the likeliest token's share never vanishes
-                del logits
-                mean_rows = (probs.to(dtype) @ matrix).float()  # the head's rows, weighted by their probabilities
                 log_probs[chunk] = (target - log_sum).squeeze(1)
-                entropy[chunk] = log_sum.squeeze(1) - (states.float() * mean_rows).sum(1)
                 is_top1[chunk] = (likeliest == wanted).squeeze(1)
+                is_exact = slopes is not None and dtype == torch.float32
+                mean_logit = None if is_exact else (probs * logits).sum(1)
+                del logits
                 if slopes is not None:
-                    slopes[chunk] = matrix[targets[chunk]].float().sub_(mean_rows)
+                    # The target is taken off before anything is rounded: where it is nearly certain, little is left.
+                    probs.scatter_add_(1, wanted, torch.full_like(target, -1.0))
+                    slopes[chunk] = (probs.to(dtype) @ matrix).float().neg_()
+                if (
+                    mean_logit is None
+                ):  # hidden . (row of the target - mean row) is target - mean: no pass over the logits
+                    mean_logit = target.squeeze(1) - (states * slopes[chunk]).sum(1)  # type: ignore[index]
+                entropy[chunk] = log_sum.squeeze(1) - mean_logit
         ctx.dtype, ctx.hidden_dtype = dtype, hidden.dtype
         ctx.save_for_backward(slopes, *((hidden, weight, targets) if needs_weight else ()))
         ctx.mark_non_differentiable(entropy, is_top1)

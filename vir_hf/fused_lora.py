@@ -13,6 +13,8 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 from torch.nn import functional
 
+from vir_hf.roomy import roomy_empty
+
 
 def fuse_lora(model: nn.Module) -> int:
     """Let every linear LoRA layer of a model add its update in one product; return how many do.
@@ -54,7 +56,9 @@ class _FusedForward:
         down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
         if _is_one_function(layer, adapter, x, down):
             base = layer.base_layer
-            return _LoraLinear.apply(x, base.weight, base.bias, down, up, layer.scaling[adapter])
+            rows = x.reshape(-1, base.in_features)
+            updated = _LoraLinear.apply(rows, base.weight, base.bias, down, up, layer.scaling[adapter])
+            return updated.view(*x.shape[:-1], base.out_features)  # type: ignore[no-any-return]
         result: torch.Tensor = layer.base_layer(x)
         if not torch.is_autocast_enabled(x.device.type):
             x = layer._cast_input_dtype(x, down.dtype)
@@ -82,7 +86,7 @@ def _is_one_function(layer: Any, adapter: str, x: torch.Tensor, down: torch.Tens
     is_dropping = layer.training and not isinstance(dropout, nn.Identity) and getattr(dropout, "p", 0) > 0
     return (
         type(base) is nn.Linear
-        and not base.weight.requires_grad
+        and not any(parameter.requires_grad for parameter in base.parameters())
         and x.dtype == base.weight.dtype == down.dtype
         and not is_dropping
         and not torch.is_autocast_enabled(x.device.type)
@@ -95,31 +99,36 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x: torch.Tensor,
+        rows: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         down: torch.Tensor,
         up: torch.Tensor,
         scaling: float,
     ) -> torch.Tensor:
-        """`x` (..., in), `weight` (out, in), `down` (rank, in), `up` (out, rank) -> (..., out)."""
-        rows = x.reshape(-1, x.shape[-1])
+        """`rows` (n, in), `weight` (out, in), `down` (rank, in), `up` (out, rank) -> (n, out)."""
         inner = rows @ down.t()
-        result = functional.linear(rows, weight, bias).addmm_(inner, up.t(), alpha=scaling)
-        ctx.save_for_backward(x, weight, down, up, inner)
+        # What narrows is added to the stream and freed; what widens is kept.
+        size = (rows.shape[0], weight.shape[0])
+        result = roomy_empty(rows, *size) if size[1] <= rows.shape[1] else rows.new_empty(size)
+        if bias is None:
+            torch.mm(rows, weight.t(), out=result)
+        else:
+            torch.addmm(bias, rows, weight.t(), out=result)
+        result.addmm_(inner, up.t(), alpha=scaling)
+        ctx.save_for_backward(rows, weight, down, up, inner)
         ctx.scaling = scaling
-        return result.view(*x.shape[:-1], -1)
+        return result
 
     @staticmethod
     def backward(ctx: Any, grad_result: torch.Tensor) -> Any:
-        x, weight, down, up, inner = ctx.saved_tensors
-        grad_rows = grad_result.reshape(-1, grad_result.shape[-1])
-        grad_inner = (grad_rows @ up).mul_(ctx.scaling)
-        grad_x = grad_down = grad_up = None
+        rows, weight, down, up, inner = ctx.saved_tensors
+        grad_inner = (grad_result @ up).mul_(ctx.scaling)
+        grad_rows = grad_down = grad_up = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad_rows @ weight).addmm_(grad_inner, down).view_as(x)
+            grad_rows = (grad_result @ weight).addmm_(grad_inner, down)
         if ctx.needs_input_grad[3]:
-            grad_down = grad_inner.t() @ x.reshape(-1, x.shape[-1])
+            grad_down = grad_inner.t() @ rows
         if ctx.needs_input_grad[4]:
-            grad_up = (grad_rows.t() @ inner).mul_(ctx.scaling)
-        return grad_x, None, None, grad_down, grad_up, None
+            grad_up = (grad_result.t() @ inner).mul_(ctx.scaling)
+        return grad_rows, None, None, grad_down, grad_up, None

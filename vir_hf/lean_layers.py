@@ -8,6 +8,7 @@ own, of fewer steps than autograd's. Nothing changes under gradient checkpointin
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,25 +19,26 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 
+from vir_hf.roomy import roomy_empty
+
 _here = threading.local()  # .kept: the `_Kept` of the decoder layer that is running, if it forgets
 
 
 def make_lean(language_model: nn.Module) -> int:
     """Let the decoder layers of `language_model` forget what is cheap to make again; return how many do.
 
-    RMS norms and gated MLPs are known by what they compute, class by class, not by their names; others stay as they are.
+    RMS norms and gated MLPs are known by what they compute, each tried on its own, not by their names; others stay as they are.
     Names, weights and files do not change.
     """
-    known: dict[type[nn.Module], bool] = {}
+    layers = [layer for layer in getattr(language_model, "layers", ()) if not isinstance(layer, _Lean)]
+    of_layers = {id(module) for layer in layers for module in layer.children()}
     for module in language_model.modules():
         if isinstance(module, _Lean):
             continue
-        kind = type(module)
-        if kind not in known:
-            known[kind] = _is_rms_norm(module) or _is_gated_mlp(module)
-        if known[kind]:
-            _become(module, _RmsNorm if hasattr(module, "variance_epsilon") else _GatedMlp)
-    layers = [layer for layer in getattr(language_model, "layers", ()) if not isinstance(layer, _Lean)]
+        if _is_rms_norm(module):  # those inside an attention are read by nothing that keeps what it reads
+            _become(module, _LayerNorm if id(module) in of_layers else _RmsNorm)
+        elif _is_gated_mlp(module):
+            _become(module, _GatedMlp)
     lean = [layer for layer in layers if any(isinstance(module, _Lean) for module in layer.modules())]
     for layer in lean:
         _become(layer, _DecoderLayer)
@@ -59,35 +61,56 @@ def _become(module: nn.Module, mixin: type) -> None:
 
 
 def _is_rms_norm(module: Any) -> bool:
-    """Whether a module computes weight * (x / sqrt(mean(x^2) + eps)), tried on one input."""
+    """Whether a module computes weight * (x / sqrt(mean(x^2) + eps)) and nothing else, tried on one input in two types."""
     weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
     if not isinstance(weight, nn.Parameter) or weight.ndim != 1 or not isinstance(eps, float) or weight.is_meta:
         return False
-    # Not drawn: random numbers belong to the run. Two rows of different size tell eps and scale apart.
-    x = torch.linspace(-1, 2, 2 * len(weight), dtype=weight.dtype, device=weight.device).view(2, -1)
-    x[1] *= eps**0.5
-    with torch.no_grad():
-        scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
-        expected = weight * (x.float() * scale).to(x.dtype)
-        return torch.allclose(module(x).float(), expected.float(), rtol=1e-5 if x.dtype == torch.float32 else 2e-2)
+    if not _takes_one_argument(module) or len(list(module.parameters())) != 1 or weight.dtype == torch.float64:
+        return False
+    other = torch.bfloat16 if weight.dtype == torch.float32 else torch.float32
+    for dtype in (weight.dtype, other):  # some norms cast before they scale, and some after
+        # Not drawn: random numbers belong to the run. Two rows of different size tell eps and scale apart.
+        x = torch.linspace(-1, 2, 2 * len(weight), dtype=dtype, device=weight.device).view(2, -1)
+        x[1] *= eps**0.5
+        with torch.no_grad():
+            found = _try(module, x)
+            expected = _normalised(x, _scale_of(x, eps), weight)
+        rtol = 1e-5 if dtype == weight.dtype == torch.float32 else 2e-2
+        if found is None or found.dtype != expected.dtype or not torch.allclose(found, expected, rtol=rtol):
+            return False
+    return True
 
 
 def _is_gated_mlp(module: Any) -> bool:
-    """Whether a module computes down(act(gate(x)) * up(x)), tried with functions in place of the three layers."""
-    if not all(isinstance(getattr(module, f"{name}_proj", None), nn.Module) for name in ("gate", "up", "down")):
+    """Whether a module computes down(act(gate(x)) * up(x)) and nothing else, tried with functions in place of the layers."""
+    layers = {"gate_proj", "up_proj", "down_proj"}
+    modules = dict(module.named_children())
+    if not layers <= set(modules) <= {*layers, "act_fn"} or not callable(getattr(module, "act_fn", None)):
         return False
-    if not callable(getattr(module, "act_fn", None)) or set(dict(module.named_parameters(recurse=False))):
+    act = modules.get("act_fn", nn.Identity())
+    if list(module.parameters(recurse=False)) or list(act.parameters()) or not _takes_one_argument(module):
         return False
-    x = torch.linspace(-2, 2, 9)
     gate, up, down = _Times(2.0), _Times(-3.0), _Times(0.5)
     trial = object.__new__(type(module))
-    trial.__dict__.update(module.__dict__)
+    trial.__dict__.update(module.__dict__, training=True)
     trial._modules = {**module._modules, "gate_proj": gate, "up_proj": up, "down_proj": down}
+    x = torch.cat([torch.linspace(-2, 2, 9), torch.linspace(-1e3, 1e3, 9)])  # wide, since some clamp
+    with torch.no_grad():
+        found = _try(trial, x)
+        return found is not None and torch.allclose(found, down(module.act_fn(gate(x)) * up(x)))
+
+
+def _takes_one_argument(module: nn.Module) -> bool:
+    return len(inspect.signature(module.forward).parameters) == 1
+
+
+def _try(module: Any, x: torch.Tensor) -> torch.Tensor | None:
+    """What a module makes of x, or `None` where it wants something else."""
     try:
-        with torch.no_grad():
-            return torch.allclose(trial(x), down(module.act_fn(gate(x)) * up(x)))
-    except (TypeError, ValueError, RuntimeError, AttributeError):  # another call, or more than three layers
-        return False
+        found = module(x)
+    except (TypeError, ValueError, RuntimeError, AttributeError):
+        return None
+    return found if isinstance(found, torch.Tensor) and found.shape == x.shape else None
 
 
 class _Times(nn.Module):
@@ -130,21 +153,25 @@ class _View:
 
 
 class _Kept:
-    """What autograd may forget while one decoder layer runs."""
+    """What autograd may forget while one decoder layer runs: the last tensor that was offered.
+
+    One at a time, because by the next offer the readers of the last one are through; a late one would keep it as usual.
+    """
 
     def __init__(self) -> None:
-        self._offered: list[tuple[torch.Tensor, _Forgotten]] = []
+        self._offered: tuple[torch.Tensor, _Forgotten] | None = None
 
     def offer(self, tensor: torch.Tensor, make: Callable[[], torch.Tensor]) -> None:
         """Let readers of `tensor` forget it; `make` returns the same values in the same layout."""
-        self._offered.append((tensor, _Forgotten(make)))  # held, so that its memory cannot become another tensor's
+        self._offered = tensor, _Forgotten(make)  # held, so that its memory cannot become another's
 
-    def forget(self) -> None:
+    def withdraw(self) -> None:
         """Let go of what was offered; its readers know how to make it."""
-        self._offered.clear()
+        self._offered = None
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor | _View:
-        for offered, forgotten in self._offered:
+        if self._offered is not None:
+            offered, forgotten = self._offered
             if tensor.dtype == offered.dtype and tensor.untyped_storage()._cdata == offered.untyped_storage()._cdata:
                 forgotten.readers += 1
                 return _View(forgotten, tensor.size(), tensor.stride(), tensor.storage_offset())
@@ -157,10 +184,8 @@ class _Kept:
         return packed
 
 
-def _offer(tensor: torch.Tensor, make: Callable[[], torch.Tensor]) -> None:
-    kept: _Kept | None = getattr(_here, "kept", None)
-    if kept is not None:
-        kept.offer(tensor, make)
+def _kept_here() -> _Kept | None:
+    return getattr(_here, "kept", None)
 
 
 class _DecoderLayer(_Lean):
@@ -178,26 +203,43 @@ class _DecoderLayer(_Lean):
                 return super().forward(*args, **kwargs)  # type: ignore[misc]
         finally:
             _here.kept = outer
-            kept.forget()
+            kept.withdraw()
 
 
 class _RmsNorm(_Lean):
-    """In front of an RMS norm: `_Normalised`, whose output is offered."""
+    """In front of an RMS norm: `_Normalised`."""
+
+    offers = False
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         module: Any = self
         weight = module.weight
-        if hasattr(weight, "ds_id") or not torch.is_grad_enabled() or not isinstance(weight, nn.Parameter):
+        is_plain = isinstance(weight, nn.Parameter) and not hasattr(weight, "ds_id")
+        if not is_plain or not torch.is_grad_enabled() or hidden_states.dtype == torch.float64:
             return super().forward(hidden_states)  # type: ignore[misc,no-any-return]
         output, scale = _Normalised.apply(hidden_states, weight, module.variance_epsilon)
-        x, gain = hidden_states.detach(), weight.detach()
-        _offer(output, lambda: _normalised(x, scale, gain))
+        kept = _kept_here()
+        if self.offers and kept is not None:
+            x, gain = hidden_states.detach(), weight.detach()
+            kept.offer(output, lambda: _normalised(x, scale, gain))
         return output  # type: ignore[no-any-return]
 
 
+class _LayerNorm(_RmsNorm):
+    """In front of a decoder layer's own RMS norms: their outputs are offered."""
+
+    offers = True
+
+
+def _scale_of(x: torch.Tensor, eps: float) -> torch.Tensor:
+    squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_()
+    return torch.rsqrt_(squares.div_(x.shape[-1]).add_(eps))
+
+
 def _normalised(x: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    output = (x.float() * scale).to(x.dtype)
-    return output.mul_(weight) if weight.dtype == output.dtype else weight * output
+    if x.dtype == weight.dtype == torch.float32:
+        return torch.mul(x, scale, out=roomy_empty(x, *x.shape)).mul_(weight)
+    return weight * (x.float() * scale).to(x.dtype)
 
 
 class _Normalised(torch.autograd.Function):
@@ -205,8 +247,7 @@ class _Normalised(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-        squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_()
-        scale = torch.rsqrt_(squares.div_(x.shape[-1]).add_(eps))
+        scale = _scale_of(x, eps)
         ctx.save_for_backward(x, weight, scale)
         ctx.mark_non_differentiable(scale)
         ctx.set_materialize_grads(False)
@@ -237,15 +278,22 @@ class _GatedMlp(_Lean):
             return super().forward(x)  # type: ignore[misc,no-any-return]
         gate, up = module.gate_proj(x), module.up_proj(x)
         product = _Gated.apply(gate, up, module.act_fn)
+        kept = _kept_here()
+        if kept is None:
+            return module.down_proj(product)  # type: ignore[no-any-return]
         known_gate, known_up, act = gate.detach(), up.detach(), module.act_fn
-        _offer(product, lambda: _gated(known_gate, known_up, act))
-        return module.down_proj(product)  # type: ignore[no-any-return]
+        kept.offer(product, lambda: _gated(known_gate, known_up, act))
+        output = module.down_proj(product)
+        kept.withdraw()
+        return output  # type: ignore[no-any-return]
 
 
 def _gated(gate: torch.Tensor, up: torch.Tensor, act: Callable[..., Any]) -> torch.Tensor:
+    if isinstance(act, nn.SiLU):
+        product = roomy_empty(gate, *gate.shape)
+        return torch.ops.aten.silu.out(gate, out=product).mul_(up)  # type: ignore[no-any-return]
     opened: torch.Tensor = act(gate)
-    is_new = opened.untyped_storage()._cdata != gate.untyped_storage()._cdata
-    return opened.mul_(up) if is_new and opened.dtype == up.dtype else opened * up
+    return opened * up
 
 
 class _Gated(torch.autograd.Function):

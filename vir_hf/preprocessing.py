@@ -309,7 +309,7 @@ def _resize_rows_or_columns(
     # Pillow reads a box as 32-bit floats. Where its edges are exact in those, weights inside it are those of the whole; so the
     # window grows to the next edges that are.
     start = next(line for line in range(first, -1, -1) if _is_exact(line * old, new))
-    end = next(line for line in range(last, new + 1) if _is_exact(line * old, new))
+    end = next((line for line in range(last, new + 1) if _is_exact(line * old, new)), new)
     if (start, end) == (0, new):
         return image.resize(size, method).crop(box)
     edges = (start * old / new, end * old / new)
@@ -321,8 +321,8 @@ def _resize_rows_or_columns(
 
 
 def _is_exact(numerator: int, denominator: int) -> bool:
-    """Whether a quotient of pixels has no more than ten binary places; 13 bits before them and these fit into a float."""
-    return (numerator << 10) % denominator == 0
+    """Whether a quotient of pixels is below 2^14 and has no more than ten binary places, which fits into a 32-bit float."""
+    return (numerator << 10) % denominator == 0 and numerator < denominator << 14
 
 
 def _lines_read(old: int, new: int, first: int, last: int) -> tuple[int, int]:

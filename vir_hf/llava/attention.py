@@ -230,11 +230,14 @@ def _sdpa_per_segment(
 ) -> torch.Tensor:
     """One call per segment and, on a CPU, one more for all that share a prefix."""
     is_windowed = sliding_window is not None and max(layout.key_lengths) > sliding_window
-    if query.device.type == "cpu" and query.is_floating_point() and not dropout and not is_windowed:
+    same_size = query.shape[-1] == key.shape[-1] == value.shape[-1]
+    if query.device.type == "cpu" and query.is_floating_point() and same_size and not dropout and not is_windowed:
         if torch.is_autocast_enabled("cpu"):  # as sdpa itself would
             dtype = torch.get_autocast_dtype("cpu")
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-        return _SegmentsOnCpu.apply(query, key, value, layout, scaling)  # type: ignore[no-any-return]
+        # The kernel reads the last dimension element by element, without looking at its stride.
+        states = [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value)]
+        return _SegmentsOnCpu.apply(*states, layout, scaling)  # type: ignore[no-any-return]
     return _sdpa_with_masks(query, key, value, layout, scaling, dropout, sliding_window)
 
 
