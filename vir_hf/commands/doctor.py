@@ -74,7 +74,7 @@ def machine() -> dict[str, Any]:
         has_flash = util.find_spec("flash_attn") is not None
         found["attention"] = "flash_attn" if has_flash else "varlen" if properties.major >= 8 else "flex"
     else:
-        found["gpu"], found["attention"] = None, "sdpa, one call a segment"
+        found["gpu"], found["attention"] = None, "torch's CPU kernel, piece by piece"
     found["simplejpeg"] = util.find_spec("simplejpeg") is not None
     return found
 
