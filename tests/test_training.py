@@ -62,8 +62,11 @@ def test_the_first_loss_is_the_hand_computed_one(tiny_parts: Path, tmp_path: Pat
         {"training.max_tokens_per_batch": 300, "training.per_device_train_batch_size": "null"},
         {"training.balance_tokens": "false"},
         {"training.activation_checkpointing": "false"},
+        {"training.trim_vision_tower": "false"},
+        {"training.fused_head": "false"},
+        {"training.activation_checkpointing": "false", "training.lean_layers": "false"},
     ],
-    ids=lambda changes: next(iter(changes)).removeprefix("training."),
+    ids=lambda changes: list(changes)[-1].removeprefix("training."),
 )
 def test_no_switch_changes_the_losses(tiny_parts: Path, tmp_path: Path, changes) -> None:
     common = {**FULL, "training.max_steps": 4, "training.seed": 1, "training.activation_checkpointing": "true"}

@@ -101,6 +101,7 @@ class TrainingSection:
     group_by_image: bool = False
     balance_tokens: bool = True
     supervised_positions_only: bool = True
+    trim_vision_tower: bool = True
     fused_lora: bool = True
     fused_head: bool = True
     lean_layers: bool = True

@@ -78,6 +78,7 @@ _ROUNDING = (
     "training.padding_free",
     "training.share_prefixes",
     "training.supervised_positions_only",
+    "training.trim_vision_tower",
     "training.fused_lora",
     "training.fused_head",
     "training.lean_layers",

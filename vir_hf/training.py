@@ -98,6 +98,7 @@ def _train(recipe: Recipe, signals: StopOnSignal, callbacks: Sequence[TrainerCal
     collator = make_collator(recipe, processor)
     collator.feature_lookup = cache_for_training(recipe, model.model, processor, rows, arguments.device)
     inner = model.model
+    inner.trims_vision_tower = recipe.training.trim_vision_tower
     inner.reads_vision_features = collator.feature_lookup is not None
     inner.sums_gradients_as_they_come = arguments.deepspeed_plugin is not None
     model = make_trainable(model, recipe)

@@ -50,10 +50,12 @@ class LlavaModel(NativeLlavaModel):
     Attributes:
         reads_vision_features: batches bring `vision_features`, so the tower runs on no rank.
         sums_gradients_as_they_come: gradients must arrive in the same order on every rank (DeepSpeed).
+        trims_vision_tower: a frozen tower runs without autograd, and no layer after the selected one runs.
     """
 
     reads_vision_features = False
     sums_gradients_as_they_come = False
+    trims_vision_tower = True
 
     def __init__(self, config: NativeLlavaConfig):
         super().__init__(config)
@@ -93,8 +95,8 @@ class LlavaModel(NativeLlavaModel):
             `(num_images, num_patches, vision_hidden)`. A frozen tower runs without autograd; layers after the last
             selected one do not run.
         """
-        frozen = self.is_vision_tower_frozen()
-        with torch.no_grad() if frozen else contextlib.nullcontext():
+        without_autograd = self.trims_vision_tower and self.is_vision_tower_frozen()
+        with torch.no_grad() if without_autograd else contextlib.nullcontext():
             return self._select_features(pixel_values)
 
     def _select_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -104,7 +106,7 @@ class LlavaModel(NativeLlavaModel):
         depths = [layer if layer >= 0 else num_layers + 1 + layer for layer in selected]
         tower: Any = getattr(self.vision_tower, "vision_model", self.vision_tower)
         pixel_values = pixel_values.to(self.vision_tower.dtype)
-        if hasattr(tower, "embeddings") and hasattr(tower, "encoder"):
+        if self.trims_vision_tower and hasattr(tower, "embeddings") and hasattr(tower, "encoder"):
             hidden_states = tower.embeddings(pixel_values)  # (num_images, num_patches (+ 1), vision_hidden)
             if hasattr(tower, "pre_layrnorm"):
                 hidden_states = tower.pre_layrnorm(hidden_states)
@@ -113,7 +115,7 @@ class LlavaModel(NativeLlavaModel):
                 hidden_states = layer(hidden_states, None)
                 by_depth[depth] = hidden_states
             features = [by_depth[depth] for depth in depths]
-        else:  # a tower of another shape: its own forward, with every layer
+        else:  # its own forward, with every layer: also for a tower of another shape
             outputs = self.vision_tower(pixel_values, output_hidden_states=True, return_dict=True)
             features = [outputs.hidden_states[layer] for layer in selected]
         if self.config.vision_feature_select_strategy == "default":
