@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -236,12 +237,16 @@ class LlavaModel(NativeLlavaModel):
         hidden_states = outputs.last_hidden_state
         if supervised_positions is not None:
             hidden_states = hidden_states[:, supervised_positions]
+        names = {field.name for field in dataclasses.fields(LlavaModelOutputWithPast)}
+        if "image_outputs" in names:  # since transformers 5.24
+            rest = {"cache": outputs.cache, "image_outputs": encoded_images}
+        else:
+            rest = {"past_key_values": outputs.past_key_values, "image_hidden_states": image_features}
         return LlavaModelOutputWithPast(
             last_hidden_state=hidden_states,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_hidden_states=image_features,
+            **rest,
         )
 
     def _merge(
@@ -277,7 +282,8 @@ class LlavaModel(NativeLlavaModel):
                 "a packed row (segment_lengths) takes no attention_mask: a mask of ones would let its rows see each "
                 "other. Drop attention_mask from the batch."
             )
-        if kwargs.get("past_key_values") is not None or kwargs.get("use_cache"):
+        cache = kwargs.get("past_key_values") if kwargs.get("cache") is None else kwargs["cache"]
+        if cache is not None or kwargs.get("use_cache"):
             raise ValueError("a packed row (segment_lengths) runs without a key-value cache; pass use_cache=False.")
         kwargs["use_cache"] = False
         lengths = tuple(segment_lengths.tolist())
