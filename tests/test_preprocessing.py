@@ -1,7 +1,8 @@
-"""`pixel_values`: bit-equal to transformers' Pillow processors where exact, within 0.05 of 255 where fast."""
+"""`pixel_values`: the bits of transformers' Pillow processors, whichever way they are made."""
 
 from __future__ import annotations
 
+import importlib.util
 import io
 from pathlib import Path
 
@@ -11,9 +12,10 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil, SiglipImageProcessorPil
 
-from vir_hf import preprocessing
+from vir_hf import preprocessing, resampling
+from vir_hf.errors import ImageError
 from vir_hf.images import open_image
-from vir_hf.preprocessing import ImagePreprocessor, decode_jpeg, recommended_num_workers
+from vir_hf.preprocessing import ImagePreprocessor, decode_jpeg, recommended_num_workers, what_is_slow
 
 SQUARE = {"height": 336, "width": 336}
 PROCESSORS = {
@@ -47,47 +49,79 @@ def by_transformers(processor, image: Image.Image) -> torch.Tensor:
     return processor(image, return_tensors="pt")["pixel_values"][0]
 
 
-def grey_levels(processor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    return ((first - second).abs() * torch.tensor(processor.image_std).view(3, 1, 1)) * 255
+PILLOW_DOES = {
+    "nothing": (),
+    "the decoding": ("simplejpeg",),
+    "the resizing": ("numba",),
+    "all": ("simplejpeg", "numba"),
+}
+
+
+@pytest.fixture
+def without(monkeypatch: pytest.MonkeyPatch):
+    """A function that hides packages of the extra `fast`."""
+
+    def hide(*packages: str) -> None:
+        find_spec = importlib.util.find_spec
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name, *rest: None if name in packages else find_spec(name, *rest)
+        )
+        for probe in (preprocessing.decodes_alike, preprocessing.what_is_slow):
+            probe.cache_clear()
+
+    yield hide
+    monkeypatch.undo()
+    for probe in (preprocessing.decodes_alike, preprocessing.what_is_slow):
+        probe.cache_clear()
 
 
 @pytest.mark.parametrize("name", PROCESSORS)
 @pytest.mark.parametrize("size", [(640, 480), (427, 640), (333, 333), (101, 900), (60, 40), (1200, 337)])
-def test_exact_is_bit_equal_to_transformers(name: str, size: tuple[int, int]):
+def test_a_picture_has_the_bits_of_transformers(name: str, size: tuple[int, int]):
     processor = PROCESSORS[name]
     image = noise(*size)
-    ours = ImagePreprocessor(processor, exact=True)(image)
+    preprocessor = ImagePreprocessor(processor)
+    ours = preprocessor(image)
     expected = by_transformers(processor, image)
+    assert preprocessor.has_kernels
     assert ours.dtype == expected.dtype and ours.is_contiguous()
     assert torch.equal(ours, expected)
 
 
 @pytest.mark.parametrize("name", PROCESSORS)
-@pytest.mark.parametrize("size", [(640, 480), (427, 640), (333, 333)])
-def test_fast_differs_by_less_than_a_twentieth_of_a_grey_level(name: str, size: tuple[int, int]):
-    pytest.importorskip("simplejpeg")
+@pytest.mark.parametrize("missing", PILLOW_DOES.values(), ids=PILLOW_DOES)
+def test_whatever_is_missing_the_bits_are_the_same(name: str, missing: tuple[str, ...], without):
+    without(*missing)
     processor = PROCESSORS[name]
-    data = jpeg(noise(*size))
     preprocessor = ImagePreprocessor(processor)
-    assert not preprocessor.exact
-    difference = grey_levels(processor, preprocessor(data), by_transformers(processor, open_image(data)))
-    assert difference.mean() < 0.05
-    assert difference.max() < 3.5
-
-
-@pytest.mark.parametrize("name", ["clip-336", "llava-pad", "odd-crop"])
-def test_exact_stays_exact_where_pillow_or_the_decoder_surprises(name: str, monkeypatch: pytest.MonkeyPatch):
-    for probe in ("passes_are_known", "decoders_agree"):
-        monkeypatch.setattr(preprocessing, probe, lambda: False)
-    for size in ((640, 480), (427, 640)):
+    assert preprocessor.has_decoder == ("simplejpeg" not in missing)
+    assert preprocessor.has_kernels == ("numba" not in missing)
+    for size in ((640, 480), (427, 640), (333, 333)):
         data = jpeg(noise(*size))
-        expected = by_transformers(PROCESSORS[name], open_image(data))
-        assert torch.equal(ImagePreprocessor(PROCESSORS[name], exact=True)(data), expected)
+        assert torch.equal(preprocessor(data), by_transformers(processor, open_image(data)))
 
 
-def test_the_probes_know_this_machine():
-    pytest.importorskip("simplejpeg")
-    assert preprocessing.passes_are_known() and preprocessing.decoders_agree()
+@pytest.mark.parametrize(
+    "probe", [(preprocessing, "decodes_alike"), (resampling, "is_exact")], ids=["decoder", "kernels"]
+)
+def test_what_differs_from_this_pillow_is_not_used(probe, without, monkeypatch: pytest.MonkeyPatch):
+    without()
+    monkeypatch.setattr(*probe, lambda: False)
+    data = jpeg(noise(640, 480))
+    preprocessor = ImagePreprocessor(PROCESSORS["llava-pad"])
+    assert not (preprocessor.has_decoder and preprocessor.has_kernels)
+    assert torch.equal(preprocessor(data), by_transformers(PROCESSORS["llava-pad"], open_image(data)))
+    assert "differ from those of Pillow" in str(what_is_slow())
+
+
+def test_what_is_missing_is_said_with_the_remedy(without, caplog: pytest.LogCaptureFixture):
+    with caplog.at_level("INFO", logger="vir_hf"):
+        ImagePreprocessor(PROCESSORS["llava-pad"])
+        assert what_is_slow() is None and caplog.messages == []
+        without("numba")
+        ImagePreprocessor(PROCESSORS["llava-pad"])
+    assert len(caplog.messages) == 1
+    assert "numba is not installed (pip install 'vir-hf[fast]')" in caplog.messages[0]
 
 
 def test_the_other_processors_are_called_as_they_are():
@@ -98,15 +132,7 @@ def test_the_other_processors_are_called_as_they_are():
     assert torch.equal(ImagePreprocessor(raw)(image), by_transformers(raw, image))
 
 
-def test_without_simplejpeg_the_exact_way_is_taken(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(preprocessing.importlib.util, "find_spec", lambda name: None)
-    processor = PROCESSORS["llava-pad"]
-    image = noise(64, 48)
-    assert torch.equal(ImagePreprocessor(processor)(image), by_transformers(processor, image))
-
-
 def test_what_only_pillow_opens_right_is_left_to_pillow():
-    pytest.importorskip("simplejpeg")
     image = noise(64, 48)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -122,19 +148,15 @@ def test_what_only_pillow_opens_right_is_left_to_pillow():
     assert decode_jpeg(b"\xff\xd8\xff no jpeg") is None
     processor = PROCESSORS["llava-pad"]
     turned = ImagePreprocessor(processor)(jpeg(image, exif=exif))
-    upright = by_transformers(processor, open_image(jpeg(image, exif=exif)))
-    assert grey_levels(processor, turned, upright).mean() < 0.05
+    assert torch.equal(turned, by_transformers(processor, open_image(jpeg(image, exif=exif))))
 
 
-def test_a_broken_picture_is_an_image_error():
-    from vir_hf.errors import ImageError
-
-    for exact in (True, False):
-        with pytest.raises(ImageError) as caught:
-            ImagePreprocessor(PROCESSORS["llava-pad"], exact=exact)(
-                {"bytes": jpeg(noise(64, 48))[:700], "path": "a.jpg"}
-            )
-        assert caught.value.kind == "image_truncated" and "a.jpg" in str(caught.value)
+@pytest.mark.parametrize("missing", PILLOW_DOES.values(), ids=PILLOW_DOES)
+def test_a_broken_picture_is_an_image_error(missing: tuple[str, ...], without):
+    without(*missing)
+    with pytest.raises(ImageError) as caught:
+        ImagePreprocessor(PROCESSORS["llava-pad"])({"bytes": jpeg(noise(64, 48))[:700], "path": "a.jpg"})
+    assert caught.value.kind == "image_truncated" and "a.jpg" in str(caught.value)
 
 
 def test_workers_leave_a_core_for_training():
@@ -143,51 +165,31 @@ def test_workers_leave_a_core_for_training():
 
 
 @pytest.mark.real_data
-def test_photographs_bit_equal_and_fast(shared_data: Path):
-    pytest.importorskip("simplejpeg")
+def test_photographs_have_the_bits_of_transformers(shared_data: Path):
     files = sorted((shared_data / "coco" / "images").glob("*.jpg"))[::12]
     for name in ("llava-pad", "clip-336", "siglip-384"):
         processor = PROCESSORS[name]
-        exact, fast = ImagePreprocessor(processor, exact=True), ImagePreprocessor(processor)
+        preprocess = ImagePreprocessor(processor)
         for file in files:
+            assert torch.equal(preprocess(file), by_transformers(processor, open_image(file))), (name, file)
+
+
+@pytest.mark.real_data
+def test_odd_files_have_the_bits_of_transformers_or_are_image_errors(shared_data: Path):
+    """Grey, palette, CMYK, alpha, 16-bit, animated, turned, damaged: the same whichever way they are opened."""
+    processor = PROCESSORS["llava-pad"]
+    preprocess = ImagePreprocessor(processor)
+    num_opened = 0
+    for file in sorted((shared_data / "odd_images").rglob("*")):
+        if not file.is_file():
+            continue
+        try:
             expected = by_transformers(processor, open_image(file))
-            assert torch.equal(exact(file), expected), (name, file)
-            assert grey_levels(processor, fast(file), expected).mean() < 0.05, (name, file)
-
-
-@pytest.mark.parametrize("method", [Image.Resampling.BICUBIC, Image.Resampling.BILINEAR], ids=["bicubic", "bilinear"])
-@pytest.mark.parametrize(
-    "size",
-    [(640, 480), (480, 640), (500, 375), (375, 500), (640, 427), (427, 640), (612, 612), (101, 900), (900, 101)],
-    ids=str,
-)
-def test_windows_of_a_resized_picture_have_its_bits(size: tuple[int, int], method: Image.Resampling) -> None:
-    noise = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    image = Image.fromarray(noise)
-    shorter = min(size)
-    for edge in (336, 77, 13):
-        new = (int(edge * size[0] / shorter), int(edge * size[1] / shorter))
-        left, top = (new[0] - edge) // 2, (new[1] - edge) // 2
-        for box in ((left, top, left + edge, top + edge), (0, 0, edge, edge), (left, 0, *new)):
-            found = preprocessing.resize_and_crop(image, new, box, method)
-            assert found.size == (box[2] - box[0], box[3] - box[1])
-            assert found.tobytes() == image.resize(new, method).crop(box).tobytes(), (new, box)
-
-
-def test_edges_that_a_float_cannot_hold_are_not_exact() -> None:
-    assert preprocessing._is_exact(56 * 640, 448) and not preprocessing._is_exact(56 * 640, 503)
-    assert not preprocessing._is_exact(22_705 * 1024 + 729, 1024)  # ten binary places, but 15 bits before them
-    noise = np.random.default_rng(3).integers(0, 256, (12, 45_715, 3), dtype=np.uint8)
-    image, new = Image.fromarray(noise), (1_828, 12)
-    found = preprocessing.resize_and_crop(image, new, (908, 0, 920, 12), Image.Resampling.BICUBIC)
-    assert found.tobytes() == image.resize(new, Image.Resampling.BICUBIC).crop((908, 0, 920, 12)).tobytes()
-
-
-def test_pixels_with_a_spare_byte_make_the_same_picture() -> None:
-    assert preprocessing.pixels_can_be_shared()  # with the Pillow that the tests run with
-    pixels = np.random.default_rng(2).integers(0, 256, (9, 11, 4), dtype=np.uint8)
-    shared = preprocessing.as_image(pixels)
-    expected = Image.fromarray(np.ascontiguousarray(pixels[:, :, :3]))
-    assert shared.mode == "RGB" and shared.tobytes() == expected.tobytes()
-    assert shared.rotate(90).tobytes() == expected.rotate(90).tobytes()
-    assert shared.crop((1, 2, 9, 12)).tobytes() == expected.crop((1, 2, 9, 12)).tobytes()
+        except ImageError as error:
+            with pytest.raises(ImageError) as caught:
+                preprocess(file)
+            assert caught.value.kind == error.kind
+        else:
+            num_opened += 1
+            assert torch.equal(preprocess(file), expected), file
+    assert num_opened > 5

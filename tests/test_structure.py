@@ -24,6 +24,7 @@ DOORS = {
     "hydra": {"recipe_files"},
     "omegaconf": {"recipe", "recipe_files"},
     "simplejpeg": {"preprocessing"},
+    "numba": {"resampling"},
     "flash_attn": {"llava.attention"},
 }
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils.data import default_collate
 
 from vir_hf.conversations import encode_row
 from vir_hf.errors import DataError
@@ -117,7 +118,7 @@ class LlavaDataCollator:
             features = [self.feature_lookup(picture.source) for picture in pictures]
             found = [feature for feature in features if feature is not None]
             if len(found) == len(pictures):
-                return {"vision_features": torch.stack(found)}
+                return {"vision_features": default_collate(found)}
         preprocess: Any = self.preprocess  # set by __post_init__ where it was not given
         pixels: list[torch.Tensor] = []
         for index, picture in enumerate(pictures):
@@ -135,7 +136,8 @@ class LlavaDataCollator:
                     row.labels = [IGNORED] * len(row.labels)
                     row.masked_because = str(error)
                 pixels.append(torch.zeros(3, *self.processor.image_size))
-        return {"pixel_values": torch.stack(pixels)}
+        # Stacked where it has to go: in a dataloader worker straight into shared memory, at half the time of a copy to there.
+        return {"pixel_values": default_collate(pixels)}
 
     def _pack(self, rows: list[_Row]) -> dict[str, Any]:
         """One row of segments; rows that share a beginning are brought together behind it."""

@@ -39,7 +39,7 @@ SHARD_BYTES = 2 * 2**30
 _NUMPY_TYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}  # numpy has no bfloat16
 
 
-def cache_identity(model: LlavaModel, processor: LlavaProcessor, exact_pixels: bool = False) -> dict[str, Any]:
+def cache_identity(model: LlavaModel, processor: LlavaProcessor) -> dict[str, Any]:
     """Return what features depend on: the weights below the selected layer, the layer, the preprocessing and the dtype."""
     digest = hashlib.sha256()
     unused = model.unused_vision_parameters()
@@ -53,7 +53,6 @@ def cache_identity(model: LlavaModel, processor: LlavaProcessor, exact_pixels: b
         "vision_feature_select_strategy": model.config.vision_feature_select_strategy,
         "dtype": str(model.vision_tower.dtype).removeprefix("torch."),
         "image_processor": json.loads(json.dumps(processor.image_processor.to_dict(), default=str, sort_keys=True)),
-        "exact_pixels": exact_pixels,
         "num_patches": processor.num_image_tokens,
         "width": model.config.vision_config.hidden_size
         * (1 if isinstance(model.config.vision_feature_layer, int) else len(model.config.vision_feature_layer)),
@@ -289,7 +288,7 @@ def fill_cache(
         except DataError as error:
             logger.warning("not cached: %s", error)
     loader = DataLoader(
-        _Pictures(wanted, ImagePreprocessor(processor.image_processor, exact=bool(cache.identity["exact_pixels"]))),
+        _Pictures(wanted, ImagePreprocessor(processor.image_processor)),
         batch_size=batch_size,
         num_workers=num_workers,
         collate_fn=list,

@@ -75,7 +75,7 @@ class Answerer:
 
     def __init__(self, model: Any, processor: Any) -> None:
         self.model, self.processor = model.eval(), processor
-        self._preprocess = ImagePreprocessor(processor.image_processor, exact=True)
+        self._preprocess = ImagePreprocessor(processor.image_processor)
         defaults = model.generation_config
         defaults.do_sample, defaults.temperature, defaults.top_p, defaults.top_k = False, None, None, None
         defaults.eos_token_id = _stops(processor, defaults)

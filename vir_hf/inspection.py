@@ -162,7 +162,7 @@ def as_page(rows: Sequence[InspectedRow], processor: Any, lead: str, with_ids: b
     """Return rows as one self-contained HTML page, each with its pictures as the vision tower sees them."""
     preprocess = None
     if getattr(processor, "image_processor", None) is not None:
-        preprocess = ImagePreprocessor(processor.image_processor, exact=True)
+        preprocess = ImagePreprocessor(processor.image_processor)
     cards = []
     for row in rows:
         pictures = [_picture(image, preprocess) for image in row.images]

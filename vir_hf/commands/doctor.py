@@ -21,6 +21,8 @@ _PACKAGES = (
     "bitsandbytes",
     "deepspeed",
     "flash_attn",
+    "simplejpeg",
+    "numba",
 )
 
 
@@ -61,6 +63,8 @@ def machine() -> dict[str, Any]:
     """Return versions and what the accelerator can do."""
     import torch
 
+    from vir_hf.preprocessing import what_is_slow
+
     found: dict[str, Any] = {"python": platform.python_version(), "system": platform.platform()}
     for package in _PACKAGES:
         try:
@@ -75,7 +79,7 @@ def machine() -> dict[str, Any]:
         found["attention"] = "flash_attn" if has_flash else "varlen" if properties.major >= 8 else "flex"
     else:
         found["gpu"], found["attention"] = None, "torch's CPU kernel, piece by piece"
-    found["simplejpeg"] = util.find_spec("simplejpeg") is not None
+    found["pictures"] = what_is_slow() or "decoded by simplejpeg, resized by numba's kernels, the bits of Pillow"
     return found
 
 
