@@ -243,6 +243,15 @@ def test_checkpoints_of_an_earlier_run_are_never_run_over(runs: Any, tiny_parts:
         train(recipe_for(tiny_parts, output_dir, "full"))
 
 
+def test_a_finished_model_is_never_run_over(runs: Any, tiny_parts: Path, tmp_path: Path) -> None:
+    output_dir = tmp_path / "run"
+    shutil.copytree(runs("full"), output_dir, ignore=shutil.ignore_patterns("checkpoint-*"))
+    with pytest.raises(RecipeError, match="holds the model of a finished run, which this one would replace"):
+        train(recipe_for(tiny_parts, output_dir, "full"))
+    metrics = train(recipe_for(tiny_parts, output_dir, "full", "training.save_strategy='no'", "training.max_steps=1"))
+    assert metrics["num_steps"] == 1  # asked to keep no checkpoints, as the quickstart does
+
+
 def test_no_whole_checkpoint_says_what_to_do(runs: Any, tiny_parts: Path, tmp_path: Path) -> None:
     output_dir = interrupted(runs("full"), tmp_path / "run", 2)
     (output_dir / "checkpoint-2" / "manifest.json").unlink()

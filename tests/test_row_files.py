@@ -67,10 +67,11 @@ def test_parquet_whole_and_in_row_groups(tmp_path: Path):
         ("hello", "starts with 'h'"),
         ('[{"a": 1},\n {"b": 2,}\n]', "line 2, column"),  # Python 3.13 points at the comma
         ('[\n{"a": 1},\n{"b" 2}]', "line 3, column 6: malformed JSON in row 1"),
-        ('{"a": 1}\n{"b": \n', "malformed JSON in row 1"),
+        ('{"a": 1}\n{"b": \n', "line 2: the file ends in the middle of row 1"),
+        ('{"a": 1}\n{"b":\n\n1 2}', "line 4, column 3: malformed JSON in row 1, which starts in line 2"),
         ('[{"a": "line\nbreak"}]', "line 1, column 13: malformed JSON in row 0"),
         ('[{"a": 1},\n{"b": 2}', "line 2: the file ends after row 1 without the closing ']'"),
-        ('[{"a": 1}, {"b": "cut sho', "malformed JSON in row 1"),
+        ('[{"a": 1},\n {"b": "cut sho', "line 2: the file ends in the middle of row 1"),
         ('[{"a": 1}]\n[]', "line 2: text after the closing"),
         ("[" * 100_000, "row 0 cannot be read"),
         ('[{"a": ' + "1" * 5_000 + "}]", "row 0 cannot be read"),

@@ -557,8 +557,9 @@ def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(name, legacy=False)
     except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
         raise RecipeError(
-            f"model.tokenizer: no tokenizer could be loaded from {name!r}. A model trains only with its own tokenizer: put "
-            f"its files beside the model, or set model.tokenizer to a name or folder that has them. ({_first_line(error)})"
+            f"model.tokenizer: no tokenizer could be loaded from {name!r} ({_first_line(error)}). From the Hub it needs a "
+            "connection, or an earlier download. A model trains only with its own tokenizer: a folder without one needs its "
+            "files, or model.tokenizer set to a name or folder that has them."
         ) from error
 
 

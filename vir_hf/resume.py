@@ -136,7 +136,7 @@ def choose(recipe: Recipe, *, is_main: bool) -> ResumePoint | None:
 
     Raises:
         RecipeError: no whole checkpoint where one is named; a recipe changed so that the result would be another; or
-            checkpoints of an earlier run in the output directory that nobody asked to go on from.
+            the output directory holds checkpoints of an earlier run that nobody asked to go on from, or a finished run.
     """
     point = together(lambda: _choose(recipe) if is_main else None)
     return broadcast(point)
@@ -151,6 +151,11 @@ def _choose(recipe: Recipe) -> ResumePoint | None:
             raise RecipeError(
                 f"training.output_dir={output_dir}: holds {found[0].path.name} of an earlier run. Add --resume "
                 "(training.resume=auto) to go on from it, or name another training.output_dir, or delete it."
+            )
+        if recipe.training.arguments.get("save_strategy") != "no" and _has_finished(output_dir):
+            raise RecipeError(
+                f"training.output_dir={output_dir}: holds the model of a finished run, which this one would replace. Name another "
+                "training.output_dir, or delete it; --resume (training.resume=auto) leaves a finished run as it is."
             )
         checkpoints.remove_leftovers(output_dir)
         return None
@@ -181,6 +186,14 @@ def _choose(recipe: Recipe) -> ResumePoint | None:
     check_recipe(recipe, path / "recipe.yaml")
     position = json.loads((path / POSITION).read_text(encoding="utf-8"))
     return ResumePoint(path, step, position)
+
+
+def _has_finished(output_dir: Path) -> bool:
+    try:
+        metrics = json.loads((output_dir / "metrics.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(metrics, dict) and bool(metrics.get("is_finished"))
 
 
 def is_finished(recipe: Recipe) -> dict[str, Any] | None:

@@ -232,12 +232,19 @@ class _Window:
             except json.JSONDecodeError as error:
                 if self._may_be_cut(error) and self._read_more():
                     continue
-                place = f"line {self.line(error.pos)}, column {self.column(error.pos)}"
-                raise DataError(
-                    f"{self.path}: {place}: malformed JSON in row {number} ({error.msg}). Mend that line; {_EXPECTED}."
-                ) from None
+                raise DataError(f"{self.path}: {self._describe(error, number)}") from None
             except (RecursionError, ValueError) as error:
                 raise DataError(f"{self.path}: line {self.line()}: row {number} cannot be read ({error}).") from None
+
+    def _describe(self, error: json.JSONDecodeError, number: int) -> str:
+        if error.msg.startswith("Unterminated string") or not self.text[error.pos :].strip():
+            return (
+                f"line {self.line()}: the file ends in the middle of row {number}, which starts here. Was the copy or download "
+                "cut short? Fetch it again."
+            )
+        place = f"line {self.line(error.pos)}, column {self.column(error.pos)}"
+        starts = "" if self.line() == self.line(error.pos) else f", which starts in line {self.line()}"
+        return f"{place}: malformed JSON in row {number}{starts} ({error.msg}). Mend that line; {_EXPECTED}."
 
     def _may_be_cut(self, error: json.JSONDecodeError) -> bool:
         """Whether the window's end, rather than the text, may be what is wrong."""
