@@ -154,8 +154,8 @@ def _choose(recipe: Recipe) -> ResumePoint | None:
             )
         if recipe.training.arguments.get("save_strategy") != "no" and _has_finished(output_dir):
             raise RecipeError(
-                f"training.output_dir={output_dir}: holds the model of a finished run, which this one would replace. Name another "
-                "training.output_dir, or delete it; --resume (training.resume=auto) leaves a finished run as it is."
+                f"training.output_dir={output_dir}: holds the model of a finished run, which this one would replace. Name "
+                "another training.output_dir, or delete it; --resume (training.resume=auto) leaves a finished run as it is."
             )
         checkpoints.remove_leftovers(output_dir)
         return None

@@ -378,6 +378,16 @@ class LlavaTrainer(SFTTrainer):
             self.optimizer = optimizer_class(self._parameter_groups(model or self.model), **arguments)
         return super().create_optimizer(model) if self.optimizer is None else self.optimizer
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        num_warmup_steps = self.args.get_warmup_steps(num_training_steps)
+        if num_warmup_steps >= num_training_steps:
+            logger.warning(
+                "all %d steps of this run warm up, the first at a learning rate of 0; a run this short learns with "
+                "training.warmup_steps=0",
+                num_training_steps,
+            )
+        return super().create_scheduler(num_training_steps, optimizer)
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Upstream's evaluation, which leaves training's random numbers as they were."""
         with torch.random.fork_rng():
