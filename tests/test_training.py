@@ -91,7 +91,9 @@ def test_scoring_supervised_positions_only_is_the_loss_over_all(tiny_parts: Path
 
 
 @pytest.mark.parametrize(("warmup", "is_said"), [(0.03, True), (0, False)])
-def test_a_run_that_only_warms_up_is_told(tiny_parts: Path, tmp_path: Path, caplog, warmup: float, is_said: bool) -> None:
+def test_a_run_that_only_warms_up_is_told(
+    tiny_parts: Path, tmp_path: Path, caplog, warmup: float, is_said: bool
+) -> None:
     metrics = run(tiny_parts, tmp_path, **FULL, **{"training.max_steps": 1, "training.warmup_steps": warmup})
     assert ("all 1 steps of this run warm up" in caplog.text) == is_said
     assert (metrics["loss_history"][0]["learning_rate"] == 0) == is_said
