@@ -15,7 +15,13 @@ PAGE = ROOT / "docs" / "troubleshooting.md"
 HOLE = "…"
 OURS = {"RecipeError", "DataError", "ImageError", "RunError", "gr.Error"}
 # Caught where they are raised, and said in other words; or our own mistake if anybody sees them.
-INTERNAL = ("it has no owner", "no LAB conversion", "expected a multiple of every number in")
+INTERNAL = (
+    "it has no owner",
+    "no LAB conversion",
+    "expected a multiple of every number in",
+    "expected windows inside the new lengths",
+    "pixels …, out …, table …; expected",
+)
 
 
 def skeleton(node: ast.expr) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,13 @@ def jpeg(image: Image.Image, **options) -> bytes:
     return buffer.getvalue()
 
 
+def four_lines_of_light_to_one_of_colour(image: Image.Image) -> bytes:
+    """A JPEG of subsampling 4:4:1, which libjpeg reads and simplejpeg has no word for."""
+    data = bytearray(jpeg(image, subsampling="4:2:2"))
+    data[data.index(b"\xff\xc0") + 11] = 0x14
+    return bytes(data)
+
+
 def by_transformers(processor, image: Image.Image) -> torch.Tensor:
     return processor(image, return_tensors="pt")["pixel_values"][0]
 
@@ -57,6 +65,9 @@ PILLOW_DOES = {
 }
 
 
+OBSTACLES = (preprocessing.decoder_obstacle, resampling.obstacle)
+
+
 @pytest.fixture
 def without(monkeypatch: pytest.MonkeyPatch):
     """A function that hides packages of the extra `fast`."""
@@ -66,12 +77,12 @@ def without(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(
             importlib.util, "find_spec", lambda name, *rest: None if name in packages else find_spec(name, *rest)
         )
-        for probe in (preprocessing.decodes_alike, preprocessing.what_is_slow):
+        for probe in OBSTACLES:
             probe.cache_clear()
 
     yield hide
     monkeypatch.undo()
-    for probe in (preprocessing.decodes_alike, preprocessing.what_is_slow):
+    for probe in OBSTACLES:
         probe.cache_clear()
 
 
@@ -101,17 +112,30 @@ def test_whatever_is_missing_the_bits_are_the_same(name: str, missing: tuple[str
         assert torch.equal(preprocessor(data), by_transformers(processor, open_image(data)))
 
 
-@pytest.mark.parametrize(
-    "probe", [(preprocessing, "decodes_alike"), (resampling, "is_exact")], ids=["decoder", "kernels"]
-)
+@pytest.mark.parametrize("probe", OBSTACLES)
 def test_what_differs_from_this_pillow_is_not_used(probe, without, monkeypatch: pytest.MonkeyPatch):
     without()
-    monkeypatch.setattr(*probe, lambda: False)
+    if probe is resampling.obstacle:
+        monkeypatch.setattr(resampling, "_gives_the_bits_of_pillow", lambda: False)
+    else:
+        monkeypatch.setattr(preprocessing, "decode_jpeg", lambda data, **_: np.zeros((61, 83, 3), np.uint8))
     data = jpeg(noise(640, 480))
     preprocessor = ImagePreprocessor(PROCESSORS["llava-pad"])
-    assert not (preprocessor.has_decoder and preprocessor.has_kernels)
+    assert preprocessor.has_decoder != preprocessor.has_kernels
     assert torch.equal(preprocessor(data), by_transformers(PROCESSORS["llava-pad"], open_image(data)))
     assert "differ from those of Pillow" in str(what_is_slow())
+
+
+@pytest.mark.parametrize("package", ["numba", "simplejpeg"])
+def test_a_package_that_cannot_be_imported_is_done_without(package: str, without, tmp_path: Path, monkeypatch):
+    without()
+    (tmp_path / f"{package}.py").write_text("raise ImportError('needs another numpy')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, package, raising=False)
+    data = jpeg(noise(64, 48))
+    preprocessor = ImagePreprocessor(PROCESSORS["llava-pad"])
+    assert torch.equal(preprocessor(data), by_transformers(PROCESSORS["llava-pad"], open_image(data)))
+    assert f"{package} does not work here (ImportError: needs another numpy)" in str(what_is_slow())
 
 
 def test_what_is_missing_is_said_with_the_remedy(without, caplog: pytest.LogCaptureFixture):
@@ -128,8 +152,50 @@ def test_the_other_processors_are_called_as_they_are():
     shrunk = LlavaImageProcessorPil(size={"shortest_edge": 20}, crop_size={"height": 32, "width": 32})
     image = noise(50, 40)
     assert torch.equal(ImagePreprocessor(shrunk)(image), by_transformers(shrunk, image))
-    raw = CLIPImageProcessorPil(do_normalize=False)
-    assert torch.equal(ImagePreprocessor(raw)(image), by_transformers(raw, image))
+
+
+class CLIPImageProcessor(CLIPImageProcessorPil):
+    """Somebody's own, of a name that is known."""
+
+    def rescale(self, image, scale, **kwargs):
+        return super().rescale(image, scale / 2, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        CLIPImageProcessorPil(do_normalize=False),
+        CLIPImageProcessorPil(do_rescale=False),
+        CLIPImageProcessorPil(do_resize=False),
+        CLIPImageProcessorPil(image_mean=0.5, image_std=0.5),
+        SiglipImageProcessorPil(image_mean=0.5, image_std=[0.2, 0.3, 0.4]),
+        CLIPImageProcessorPil(resample=1),
+        CLIPImageProcessorPil(size={"shortest_edge": 300, "longest_edge": 310}, do_center_crop=False),
+        CLIPImageProcessor(),
+    ],
+    ids=str,
+)
+def test_settings_that_are_not_ours_are_transformers(processor):
+    image = noise(300, 240)
+    preprocessor = ImagePreprocessor(processor)
+    assert not preprocessor.has_kernels
+    assert torch.equal(preprocessor(image), by_transformers(processor, image))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"image_mean": [0.5]},
+        {"image_mean": [0.5] * 4, "image_std": [0.5] * 4},
+        {"size": {"shortest_edge": 32.7}},
+        {"size": {"shortest_edge": -3}},
+        {"crop_size": {"height": 0, "width": 20}},
+        {"do_pad": True, "image_mean": [1.5, 0.5, 0.5]},
+    ],
+    ids=str,
+)
+def test_settings_without_sense_are_left_to_transformers_errors(settings):
+    assert not ImagePreprocessor(LlavaImageProcessorPil(**settings)).has_kernels
 
 
 def test_what_only_pillow_opens_right_is_left_to_pillow():
@@ -145,6 +211,7 @@ def test_what_only_pillow_opens_right_is_left_to_pillow():
     assert decode_jpeg(jpeg(image, exif=exif)) is None
     assert decode_jpeg(jpeg(image.convert("CMYK"))) is None
     assert decode_jpeg(jpeg(image)[:500]) is None
+    assert decode_jpeg(four_lines_of_light_to_one_of_colour(image)) is None
     assert decode_jpeg(b"\xff\xd8\xff no jpeg") is None
     processor = PROCESSORS["llava-pad"]
     turned = ImagePreprocessor(processor)(jpeg(image, exif=exif))
@@ -154,9 +221,20 @@ def test_what_only_pillow_opens_right_is_left_to_pillow():
 @pytest.mark.parametrize("missing", PILLOW_DOES.values(), ids=PILLOW_DOES)
 def test_a_broken_picture_is_an_image_error(missing: tuple[str, ...], without):
     without(*missing)
+    with pytest.raises(ImageError):
+        ImagePreprocessor(PROCESSORS["llava-pad"])(Image.open(io.BytesIO(jpeg(noise(64, 48))[:700])))
     with pytest.raises(ImageError) as caught:
         ImagePreprocessor(PROCESSORS["llava-pad"])({"bytes": jpeg(noise(64, 48))[:700], "path": "a.jpg"})
     assert caught.value.kind == "image_truncated" and "a.jpg" in str(caught.value)
+
+
+def test_a_bomb_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch):
+    data = jpeg(noise(64, 48))
+    monkeypatch.setattr("vir_hf.images.MAX_PIXELS", 3_000)
+    monkeypatch.setattr(preprocessing, "MAX_PIXELS", 3_000)
+    with pytest.raises(ImageError) as caught:
+        ImagePreprocessor(PROCESSORS["llava-pad"])(data)
+    assert caught.value.kind == "image_too_large"
 
 
 def test_workers_leave_a_core_for_training():

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from vir_hf import resampling
-from vir_hf.images import MAX_PIXELS, ImageSource, decode_image, is_upright, read_image_bytes, to_rgb
+from vir_hf.images import MAX_PIXELS, ImageSource, decode_image, is_upright, open_image, read_image_bytes
 from vir_hf.resampling import Side
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,8 @@ class ImagePreprocessor:
     """Turns one picture into what the vision tower sees, to the bit as transformers' Pillow processor does.
 
     Args:
-        image_processor: transformers' CLIP, SigLIP or LLaVA processor, of any backend. Others are called as they are.
+        image_processor: transformers' CLIP, SigLIP or LLaVA processor, of any backend; its settings are read now. Others, and
+            other settings, are called as they are.
         allow_urls: whether a source may be an http(s) URL.
     """
 
@@ -48,8 +49,8 @@ class ImagePreprocessor:
         self.image_processor = image_processor
         self.allow_urls = allow_urls
         self._does_it_here = self._read_config(image_processor)
-        self.has_decoder = decodes_alike()
-        self.has_kernels = self._does_it_here and resampling.is_available() and resampling.is_exact()
+        self.has_decoder = decoder_obstacle() is None
+        self.has_kernels = self._does_it_here and resampling.obstacle() is None
         reason = what_is_slow()
         if self._does_it_here and reason:
             logger.info(reason)
@@ -77,41 +78,48 @@ class ImagePreprocessor:
     def _read(self, source: ImageSource) -> Image.Image | np.ndarray:
         """Return the picture upright and in RGB; where simplejpeg can, as pixels: of four bytes for the kernels, else three."""
         if isinstance(source, Image.Image):
-            return to_rgb(source)
+            return open_image(source)
         data, name = read_image_bytes(source, allow_urls=self.allow_urls)
         pixels = decode_jpeg(data, with_spare_byte=self.has_kernels) if self.has_decoder else None
         return decode_image(data, name) if pixels is None else pixels
 
     def _read_config(self, processor: Any) -> bool:
-        """Take over the processor's settings; False when they ask for something not done here."""
+        """Take over the processor's settings; False when they ask for something not done here, or for nothing sensible."""
         class_name = type(processor).__name__.removesuffix("Pil").removesuffix("Fast")
         does_pad = bool(getattr(processor, "do_pad", False))
-        if class_name not in _KNOWN_CLASSES or (does_pad and class_name != "LlavaImageProcessor"):
+        is_known = class_name in _KNOWN_CLASSES and type(processor).__module__.startswith("transformers.")
+        if not is_known or (does_pad and class_name != "LlavaImageProcessor"):
             return False
         resample = getattr(processor.resample, "value", processor.resample)
         if not (processor.do_resize and processor.do_rescale and processor.do_normalize and resample in _METHODS):
             return False
         self._method = _METHODS[resample]
-        size = {key: value for key, value in dict(processor.size).items() if value is not None}
-        crops = bool(getattr(processor, "do_center_crop", False))
-        crop = (
-            {key: value for key, value in dict(processor.crop_size or {}).items() if value is not None} if crops else {}
-        )
+        size = _lengths(processor.size)
         if set(size) == {"shortest_edge"}:
-            self._shortest_edge, self._size = int(size["shortest_edge"]), None
+            self._shortest_edge, self._size = size["shortest_edge"], None
             smallest = (self._shortest_edge, self._shortest_edge)
         elif set(size) == {"height", "width"}:
-            self._size = (int(size["height"]), int(size["width"]))
+            self._size = (size["height"], size["width"])
             smallest = self._size
         else:
             return False
-        self._crop = (int(crop["height"]), int(crop["width"])) if crops else None
-        if self._crop and (self._crop[0] > smallest[0] or self._crop[1] > smallest[1]):
-            return False  # transformers pads a picture smaller than the crop with black
-        self._pad_colour = tuple(int(channel * 255) for channel in processor.image_mean) if does_pad else None
+        self._crop = None
+        if getattr(processor, "do_center_crop", False):
+            crop = _lengths(processor.crop_size)
+            if set(crop) != {"height", "width"}:
+                return False
+            self._crop = (crop["height"], crop["width"])
+            if self._crop[0] > smallest[0] or self._crop[1] > smallest[1]:
+                return False  # transformers pads a picture smaller than the crop with black
+        means, deviations = processor.image_mean, processor.image_std
+        if not all(isinstance(values, (list, tuple)) and len(values) == 3 for values in (means, deviations)):
+            return False
+        self._pad_colour = tuple(int(channel * 255) for channel in means) if does_pad else None
+        if self._pad_colour and not all(0 <= channel <= 255 for channel in self._pad_colour):
+            return False
         # float64 first, as transformers rescales; one entry for each of the 256 values a channel can have.
         levels = (np.arange(256, dtype=np.float64) * processor.rescale_factor).astype(np.float32)
-        mean, deviation = (np.array(values, dtype=np.float32) for values in (processor.image_mean, processor.image_std))
+        mean, deviation = (np.array(values, dtype=np.float32) for values in (means, deviations))
         self._table = ((levels[:, None] - mean) / deviation).T.copy()  # (3, 256)
         return True
 
@@ -161,10 +169,17 @@ class ImagePreprocessor:
             image = canvas
         image = image.resize((columns.new_length, rows.new_length), Image.Resampling[self._method.upper()])
         image = image.crop((columns.start, rows.start, columns.end, rows.end))
-        table = torch.from_numpy(self._table)
-        # Copied, because torch cannot share memory it may not write to.
-        bands = [torch.from_numpy(np.array(band)).int() for band in image.split()]
-        return torch.stack([table[channel][band] for channel, band in enumerate(bands)])
+        bands = [table[np.asarray(band)] for table, band in zip(self._table, image.split(), strict=True)]
+        return torch.from_numpy(np.stack(bands))
+
+
+def _lengths(size: Any) -> dict[str, int]:
+    """The lengths that a processor's size or crop names; empty unless all are whole and positive."""
+    try:
+        found = {key: value for key, value in dict(size).items() if value is not None}
+    except (TypeError, ValueError):
+        return {}
+    return found if all(type(value) is int and value > 0 for value in found.values()) else {}
 
 
 def decode_jpeg(data: bytes, *, with_spare_byte: bool = False) -> np.ndarray | None:
@@ -181,38 +196,35 @@ def decode_jpeg(data: bytes, *, with_spare_byte: bool = False) -> np.ndarray | N
         if colour_space not in ("RGB", "YCbCr", "Gray") or height * width > MAX_PIXELS:
             return None
         pixels: np.ndarray = simplejpeg.decode_jpeg(data, colorspace="RGBA" if with_spare_byte else "RGB")
-    except ValueError:
+    except (ValueError, KeyError):  # KeyError: of colour planes in proportions it does not know
         return None
     return pixels
 
 
 @functools.cache
-def what_is_slow() -> str | None:
-    """Why Pillow has to do what simplejpeg and numba do faster on other machines; None where it has not."""
-    reasons = []
-    for package, is_right in (("simplejpeg", decodes_alike), ("numba", resampling.is_exact)):
-        if importlib.util.find_spec(package) is None:
-            reasons.append(f"{package} is not installed (pip install 'vir-hf[fast]')")
-        elif not is_right():
-            reasons.append(f"with {package} pixels differ from those of Pillow {Image.__version__}")
-    if not reasons:
-        return None
-    return f"pictures are made by Pillow, with the same bits but at a lower speed: {'; '.join(reasons)}."
-
-
-@functools.cache
-def decodes_alike() -> bool:
-    """Whether simplejpeg is there and gives this Pillow's pixels, tried once on colour and on grey."""
+def decoder_obstacle() -> str | None:
+    """Why Pillow has to decode JPEG files here; None where simplejpeg gives its pixels, tried once on colour and on grey."""
     if importlib.util.find_spec("simplejpeg") is None:
-        return False
+        return "simplejpeg is not installed (pip install 'vir-hf[fast]')"
     noise = Image.effect_noise((83, 61), 90)
     for image in (Image.merge("RGB", (noise, noise.rotate(180), noise.rotate(90, expand=False))), noise):
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=80)  # with the usual halved colour planes
-        pixels = decode_jpeg(buffer.getvalue())
+        try:
+            pixels = decode_jpeg(buffer.getvalue())
+        except Exception as error:  # whatever keeps it from being imported
+            return f"simplejpeg does not work here ({type(error).__name__}: {error})"
         if pixels is None or not np.array_equal(pixels, np.asarray(decode_image(buffer.getvalue(), "probe"))):
-            return False
-    return True
+            return f"with simplejpeg pixels differ from those of Pillow {Image.__version__}"
+    return None
+
+
+def what_is_slow() -> str | None:
+    """Why Pillow has to do what simplejpeg and numba do faster on other machines; None where it has not."""
+    reasons = [reason for reason in (decoder_obstacle(), resampling.obstacle()) if reason]
+    if not reasons:
+        return None
+    return f"pictures are made by Pillow, with the same bits but at a lower speed: {'; '.join(reasons)}."
 
 
 def recommended_num_workers(num_local_ranks: int = 1) -> int:

@@ -6,7 +6,7 @@ kernels below take the order that vector units like, one weight for all bytes of
 For columns the picture is turned on its side and back, which costs less than it gains. Padding is never drawn: what it adds to a
 sum is its colour times the weights that fall on it.
 
-`is_exact` tries once whether the bits are those of this Pillow; callers take Pillow itself where they are not.
+`obstacle` tries once whether the bits are those of this Pillow; callers take Pillow itself where they are not.
 """
 
 from __future__ import annotations
@@ -55,11 +55,6 @@ class _Sums(NamedTuple):
     last: int
 
 
-def is_available() -> bool:
-    """Whether numba, which compiles the kernels, is installed."""
-    return importlib.util.find_spec("numba") is not None
-
-
 def resample(
     pixels: np.ndarray,
     rows: Side,
@@ -79,34 +74,51 @@ def resample(
         colour: of the padding, three values of 0..255.
         table: `(3, 256)` float32, what each value of each channel becomes.
         out: `(3, rows.end - rows.start, columns.end - columns.start)` float32, C-contiguous.
+
+    Raises:
+        ValueError: shapes that do not go together; the kernels check no bounds.
     """
-    turn, add_up, look_up = _kernels()
+    shape = (3, rows.end - rows.start, columns.end - columns.start)
+    if pixels.shape != (rows.length, columns.length, 4) or out.shape != shape or table.shape != (3, 256):
+        raise ValueError(
+            f"pixels {pixels.shape}, out {out.shape}, table {table.shape}; expected ({rows.length}, {columns.length}, 4), "
+            f"{shape} and (3, 256)."
+        )
+    if not all(0 <= side.start <= side.end <= side.new_length for side in (rows, columns)) or len(colour) != 3:
+        raise ValueError(
+            f"{rows}, {columns}, colour {colour}: expected windows inside the new lengths, and a colour of three values."
+        )
     down, across = _plan(rows, method), _plan(columns, method)
-    channels = np.array([*colour[:3], 0], dtype=np.int32)
+    channels = np.array([*colour, 0], dtype=np.int32)
     picture = pixels.view(np.uint32)[:, :, 0][down.first : down.last]  # (height, width), a pixel an element
-
-    def resize_columns(picture: np.ndarray, first: int) -> np.ndarray:
-        turned = np.empty((across.last - across.first, len(picture)), np.uint32)
-        turn(picture, first, turned)
-        narrow = np.empty((len(across.base), len(picture)), np.uint32)
-        add_up(turned.view(np.uint8), *across[:5], channels, narrow.view(np.uint8))
-        upright = np.empty((len(picture), len(across.base)), np.uint32)
-        turn(narrow, 0, upright)
-        return upright
-
-    def resize_rows(picture: np.ndarray) -> np.ndarray:
-        low = np.empty((len(down.base), picture.shape[1]), np.uint32)
-        add_up(picture.view(np.uint8), *down[:5], channels, low.view(np.uint8))
-        return low
-
     if columns_come_first((columns.padded, rows.padded), (columns.new_length, rows.new_length)):
-        picture = resize_columns(resize_rows(picture), across.first)
+        picture = _resize_columns(_resize_rows(picture, down, channels), across, channels)
     else:
-        picture = resize_rows(resize_columns(picture, across.first))
+        picture = _resize_rows(_resize_columns(picture, across, channels), down, channels)
+    _, _, look_up = _kernels()
     look_up(picture.view(np.uint8).reshape(*picture.shape, 4), table, out)
 
 
-@functools.lru_cache(maxsize=1024)
+def _resize_columns(picture: np.ndarray, plan: _Sums, colour: np.ndarray) -> np.ndarray:
+    turn, _, _ = _kernels()
+    turned = np.empty((plan.last - plan.first, len(picture)), np.uint32)
+    turn(picture, plan.first, turned)
+    narrow = _resize_rows(turned, plan, colour)
+    upright = np.empty((len(picture), len(narrow)), np.uint32)
+    turn(narrow, 0, upright)
+    return upright
+
+
+def _resize_rows(picture: np.ndarray, plan: _Sums, colour: np.ndarray) -> np.ndarray:
+    """Return the weighted sums of the lines `plan.first` to `plan.last`, which are all that `picture` has."""
+    _, add_up, _ = _kernels()
+    resized = np.empty((len(plan.base), picture.shape[1]), np.uint32)
+    sums = (plan.base, plan.low, plan.high, plan.weights, plan.outside)
+    add_up(picture.view(np.uint8), *sums, colour, resized.view(np.uint8))
+    return resized
+
+
+@functools.lru_cache(maxsize=256)
 def _plan(side: Side, method: str) -> _Sums:
     """The weights of one pass, by the formulas of Pillow's filters, in 64-bit floats as there."""
     scale = side.padded / side.new_length
@@ -120,7 +132,7 @@ def _plan(side: Side, method: str) -> _Sums:
     values = _FILTERS[method](np.abs((positions - centres[:, None] + 0.5) * (1.0 / stretch)))
     values[taps >= count[:, None]] = 0.0
     totals = np.zeros(len(values))
-    for tap in taps:  # one after the other, as Pillow adds: numpy's own sum rounds otherwise
+    for tap in taps:  # one after the other, as Pillow adds: another order may round otherwise
         totals += values[:, tap]
     scaled = values / totals[:, None] * (1 << _WEIGHT_BITS)
     weights = np.trunc(scaled + np.copysign(0.5, scaled)).astype(np.int32)
@@ -222,23 +234,41 @@ def _compile(function: Callable[..., None], signature: str) -> Any:
 
     try:
         return numba.njit(signature, nogil=True, cache=True)(function)
-    except (RuntimeError, OSError):  # nowhere to keep it: no folder that can be written, a full disk
+    except Exception:  # nowhere to keep it, a full disk, what is kept is damaged: numba raises whatever it meets
         return numba.njit(signature, nogil=True)(function)
 
 
 @functools.cache
-def is_exact() -> bool:
-    """Whether the kernels' bits are this Pillow's, tried once on wide, tall, small and large pictures, padded and cropped."""
-    noise = np.random.default_rng(0).integers(0, 256, (160, 160, 4), dtype=np.uint8)
+def obstacle() -> str | None:
+    """Why Pillow has to resize here; None where the kernels run and give its bits. Found out once for a process."""
+    if importlib.util.find_spec("numba") is None:
+        return "numba is not installed (pip install 'vir-hf[fast]')"
+    try:
+        import numba
+
+        if getattr(numba.config, "DISABLE_JIT", False):
+            return "numba's compiler is switched off (NUMBA_DISABLE_JIT)"
+        return (
+            None
+            if _gives_the_bits_of_pillow()
+            else f"with numba pixels differ from those of Pillow {Image.__version__}"
+        )
+    except Exception as error:  # built for another numpy, no LLVM for this CPU: whatever it is, Pillow works
+        return f"numba does not work here ({type(error).__name__}: {error})"
+
+
+def _gives_the_bits_of_pillow() -> bool:
+    """Try wide, tall, very tall, small and large pictures, padded and cropped, with both filters."""
+    noise = np.random.default_rng(0).integers(0, 256, (360, 160, 4), dtype=np.uint8)
     table = np.tile(np.arange(256, dtype=np.float32), (3, 1))
-    for width, height in ((160, 90), (90, 160), (60, 160), (1, 160), (40, 30), (30, 44), (100, 100)):
-        for new_width, new_height in ((48, 48), (90, 48), (48, 80)):
-            before = (7, 0) if width < height else (0, 7)
+    for width, height in ((160, 90), (90, 160), (60, 160), (3, 301), (3, 300), (40, 30), (30, 44), (100, 100)):
+        padding = (0, 0) if height > 2 * width else (7, 0) if width < height else (0, 7)
+        for new_width, new_height in ((48, 48), (90, 48), (48, 80), (30, 330)):
             pixels = np.ascontiguousarray(noise[:height, :width])
-            canvas = Image.new("RGB", (width + 2 * before[0], height + 2 * before[1]), (9, 99, 200))
-            canvas.paste(Image.fromarray(np.ascontiguousarray(pixels[:, :, :3])), before)
-            columns = Side(width, before[0], before[0], new_width, 3, new_width - 2)
-            rows = Side(height, before[1], before[1], new_height, 1, new_height)
+            canvas = Image.new("RGB", (width + 2 * padding[0], height + 2 * padding[1]), (9, 99, 200))
+            canvas.paste(Image.fromarray(np.ascontiguousarray(pixels[:, :, :3])), padding)
+            columns = Side(width, padding[0], padding[0], new_width, 3, new_width - 2)
+            rows = Side(height, padding[1], padding[1], new_height, 1, new_height)
             out = np.empty((3, rows.end - rows.start, columns.end - columns.start), np.float32)
             for method in _FILTERS:
                 resample(pixels, rows, columns, method=method, colour=(9, 99, 200), table=table, out=out)
