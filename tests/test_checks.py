@@ -251,6 +251,10 @@ def mutate(value, rng: random.Random, depth: int = 0):
         {"from": "gpt"},
         {"type": "image"},
         {"bytes": None, "path": None},
+        {"bytes": "abc"},
+        {"bytes": [300], "path": "good.jpg"},
+        {"bytes": 10**14},
+        {"bytes": {"a": 1}},
     ]
     if depth > 4 or rng.random() < 0.2:
         return rng.choice(junk)
@@ -352,6 +356,38 @@ class TestCommand:
         assert report["num_rows"] == len(expected)
         assert report["num_bad_rows"] == len({problem["row"] for problem in report["problems"]})
         assert {"row", "id", "kind", "detail"} <= set(report["problems"][0])
+
+    def test_output_never_takes_the_place_of_what_is_read_or_written(self, faulty, tmp_path: Path, capsys, monkeypatch):
+        path, folder, _ = faulty
+        monkeypatch.chdir(tmp_path)
+        before = path.read_bytes()
+        (tmp_path / "link.json").symlink_to(path)
+        (tmp_path / "folder").mkdir()
+        for options in (
+            ["--json", str(path)],
+            ["--html", "link.json"],
+            ["--json", "same", "--html", "same"],
+            ["--json", "same.dropped.json", "--fix", "same.json"],
+            ["--json", "no/folder/report.json"],
+            ["--html", "folder"],
+            ["--fix", "-"],
+            ["--fix", str(path)],
+            ["--json", "/proc/report.json"],
+        ):
+            assert cli.main(["data", "check", str(path), "--image-folder", str(folder), *options]) == 2, options
+            assert options[-2] in capsys.readouterr().err
+        assert path.read_bytes() == before and not (tmp_path / "same").exists()
+
+    def test_calls_without_sense_are_refused(self, faulty, capsys: pytest.CaptureFixture[str]):
+        path, folder, _ = faulty
+        for option in ("--batch-size=0", "--num-workers=-3", "--image-tokens=0", "--max-length=-1"):
+            assert cli.main(["data", "check", str(path), option]) == 2
+            assert "expected 1 or more" in capsys.readouterr().err
+        assert cli.main(["data", "check", str(path), str(path)]) == 2
+        assert "found 2 paths; expected one" in capsys.readouterr().err
+        sources = f"data.sources=[{{path: {path}, image_folder: {folder}}}]"
+        assert cli.main(["data", "check", "experiment=local_lite", sources]) == 2
+        assert f"vir-hf data check {path} --image-folder {folder}" in capsys.readouterr().err
 
     def test_kinds_can_be_ignored(self, tmp_path: Path):
         (tmp_path / "good.jpg").write_bytes(picture())

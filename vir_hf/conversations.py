@@ -155,6 +155,10 @@ def _images(row: Mapping[str, Any]) -> list[Any]:
     for image in listed:
         if image is None or image == "" or isinstance(image, (bool, int, float, list, tuple)):
             raise DataError(f"an image must be the name of a file, found {_shown(image)}")
+        if isinstance(image, dict) and not isinstance(image.get("bytes"), (bytes, bytearray, memoryview, type(None))):
+            raise DataError(
+                f"an image's bytes must be bytes, found {_shown(image['bytes'])}; JSON has none: embed pictures in Parquet"
+            )
     return listed
 
 

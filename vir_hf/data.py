@@ -166,6 +166,9 @@ def load_sources(
     for number, (part, source, count) in enumerate(zip(parts, sources, counts, strict=True)):
         name = source.get("name") or source["path"]
         logger.info("mixture: %s gives %d of %d rows (%.1f %%)", name, count, len(part), 100 * count / sum(counts))
+        if count == 0:
+            logger.warning("mixture: %s is left out: its share is less than half a row", name)
+            continue
         if count != len(part):
             generator = np.random.default_rng([seed, number])
             rounds = [generator.permutation(len(part)) for _ in range(-(-count // len(part)))]

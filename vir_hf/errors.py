@@ -10,6 +10,12 @@ class RecipeError(ValueError):
 class DataError(ValueError):
     """A file, a row or an image that cannot be used; the message names the file, the row number or id, and the reason."""
 
+    def __str__(self) -> str:
+        # torch hands on what a data loader's worker raised with the worker's traceback as the message; its end is the message.
+        text = super().__str__()
+        is_handed_on = text.startswith("Caught ") and "Original Traceback" in text
+        return text.rpartition("DataError: ")[2].strip() if is_handed_on else text
+
 
 class ImageError(DataError):
     """A picture that cannot be used. `kind` is the word the data check counts it under, such as `image_missing`."""

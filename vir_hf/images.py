@@ -60,8 +60,10 @@ def read_image_bytes(
     """Return the undecoded bytes of a source and the name to call it by in errors."""
     if isinstance(source, dict):
         data, path = source.get("bytes"), source.get("path")
-        if data is not None:
+        if isinstance(data, (bytes, bytearray, memoryview)):
             return bytes(data), str(path or "embedded image")
+        if data is not None:  # bytes() of a number would be so many zeros
+            raise ImageError("image_unreadable", f"image: bytes of type {type(data).__name__}; expected bytes.")
         if not path:
             raise ImageError("image_missing", "image: has neither a path nor bytes; expected one of them.")
         source = path

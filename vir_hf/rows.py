@@ -54,10 +54,11 @@ class BadRowPolicy:
         place = f"{first.file}: row {first.row} (id {first.id}): {first.detail}"
         count = f"{len(bad_rows)} of {num_rows} rows cannot be used"
         if refused:
-            key = "data.on_bad_image" if first.is_image else "data.on_bad_row"
+            keys = sorted({"data.on_bad_image" if bad.is_image else "data.on_bad_row" for bad in refused})
+            leave_out = " and ".join(f"{key}=skip" for key in keys)
             raise DataError(
                 f"{place} In all, {count}. List them: vir-hf data check {shlex.quote(source)} with the same "
-                f"--image-folder. Leave them out: {key}=skip."
+                f"--image-folder. Leave them out: {leave_out}."
             )
         self.enforce_fraction(len(bad_rows), num_rows, f"the first is {place}")
         logger.warning("%s: %s and are left out; the first is %s", source, count, place)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import multiprocessing
 import os
 import signal
 import sys
@@ -83,8 +85,13 @@ def any_rank(value: bool, device: torch.device) -> bool:
 class WorkerSignals:
     """What a data loader's worker does with signals meant for the run: it goes on, and ends when the run does.
 
-    A terminal and a cluster send them to every process. A second SIGTERM ends the worker, so that it can be stopped.
+    A terminal and a cluster send them to every process. A second SIGTERM ends the worker, so that it can be stopped. The run
+    itself, where an error ends it, ends its workers first: Python's own way at exit is one SIGTERM, and to wait for them.
     """
+
+    def __init__(self) -> None:
+        atexit.unregister(_end_workers)
+        atexit.register(_end_workers)
 
     def __call__(self, worker_id: int) -> None:
         for name in ("SIGINT", "SIGUSR1"):
@@ -94,6 +101,12 @@ class WorkerSignals:
 
     def _ignore_once(self, number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _end_workers() -> None:
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def say_stopped(stopped: RunStopped, output_dir: str, newest: str | None) -> int:

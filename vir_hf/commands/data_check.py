@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from vir_hf.errors import RecipeError
+from vir_hf.json_files import refuse_output
 
 if TYPE_CHECKING:
     from vir_hf.checks import CheckReport
@@ -43,6 +44,7 @@ def main(argv: list[str]) -> int:
         from vir_hf.data import local_data
 
         target["path"] = local_data(target["path"])
+    _refuse_outputs(arguments, target["path"])
     with _progress_bar() as progress:
         report = check_data(
             target["path"],
@@ -98,9 +100,28 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--fix", metavar="OUT.json", help="write the sound rows, and OUT.dropped.json with the others")
     parser.add_argument("--num-workers", type=int, metavar="N", help="processes (all cores)")
     arguments = parser.parse_intermixed_args(argv)
+    for name in ("image_tokens", "max_length", "batch_size", "num_workers"):
+        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
+            raise RecipeError(f"--{name.replace('_', '-')}={getattr(arguments, name)}: expected 1 or more.")
     if arguments.max_length is not None and arguments.tokenizer is None and not is_recipe(arguments.target):
         raise RecipeError("data check: --max-length counts tokens; say whose with --tokenizer NAME, or name a recipe.")
     return arguments
+
+
+def _refuse_outputs(arguments: argparse.Namespace, data_path: str) -> None:
+    """Refuse, before the pass over the data, what could not be written after it, or would replace what is read."""
+    from vir_hf.row_files import find_data_files
+
+    if arguments.fix == "-":
+        raise RecipeError("--fix -: needs the name of a file, since a second one is written beside it.")
+    taken = find_data_files(data_path) if os.path.exists(data_path) else []
+    written = [("--json", arguments.json), ("--html", arguments.html), ("--fix", arguments.fix)]
+    if arguments.fix:
+        written.append(("--fix", _dropped_name(arguments.fix)))
+    for option, path in written:
+        refuse_output(path, option, taken)
+        if path and path != "-":
+            taken.append(path)
 
 
 def is_recipe(target: list[str]) -> bool:
@@ -110,6 +131,10 @@ def is_recipe(target: list[str]) -> bool:
 
 def _target(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return what to check, from the command line or from a recipe."""
+    if len(arguments.target) > 1 and all(os.path.exists(word) for word in arguments.target):
+        raise RecipeError(
+            f"data check: found {len(arguments.target)} paths; expected one. A directory, or a quoted glob, is several files."
+        )
     if not is_recipe(arguments.target):
         from vir_hf.row_processor import make_row_processor
 
@@ -128,6 +153,14 @@ def _target(arguments: argparse.Namespace) -> dict[str, Any]:
     from vir_hf.row_processor import load_recipe_processor
 
     recipe = load_recipe(arguments.target)
+    if recipe.data.sources:
+        listed = "; ".join(
+            f"vir-hf data check {source.path} --image-folder {source.image_folder or '(its own folder)'}"
+            for source in recipe.data.sources
+        )
+        raise RecipeError(
+            f"data check: a mixture is checked source by source, so that rows count as in their files: {listed}"
+        )
     if recipe.data.data_path is None:
         raise RecipeError("data check: the recipe has no data.data_path; add data.data_path=ROWS.json.")
     return {
