@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
 from vir_hf import DataError, LlavaDataCollator, RecipeError, build
@@ -178,6 +180,35 @@ def test_a_malformed_file_a_wrong_row_and_a_missing_image_exit_with_2(tiny_parts
     command = [sys.executable, "-m", "vir_hf.train", *overrides]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "none.jpg" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_picture_that_breaks_in_training_ends_the_run_with_one_line(
+    tiny_parts: Path, tmp_path: Path, num_workers: int
+) -> None:
+    """Damaged in the middle, where no header shows it; met by a worker, which must not keep the run from ending."""
+    tiny.training_overrides(tiny_parts, tmp_path / "out")
+    buffer = io.BytesIO()
+    Image.effect_noise((300, 200), 80).convert("RGB").save(buffer, "JPEG")
+    data = bytearray(buffer.getvalue())
+    data[len(data) // 2 : len(data) // 2 + 40] = b"\xff\xd8" * 20
+    (tmp_path / "broken.jpg").write_bytes(data)
+    talk = [{"from": "human", "value": "<image>\na"}, {"from": "gpt", "value": "b"}]
+    (tmp_path / "rows.json").write_text(
+        json.dumps([{"id": f"r{n}", "image": "broken.jpg", "conversations": talk} for n in range(8)])
+    )
+    changes = {
+        "data.data_path": tmp_path / "rows.json",
+        "data.image_folder": tmp_path,
+        "data.check": "false",
+        "training.dataloader_num_workers": num_workers,
+    }
+    overrides = tiny.training_overrides(tiny_parts, tmp_path / "out", **FULL, **changes)
+    command = [sys.executable, "-m", "vir_hf.train", *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 2
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: row r") and "broken.jpg" in last and "Traceback" not in done.stderr
 
 
 @pytest.mark.real_data
