@@ -190,25 +190,26 @@ def test_a_picture_that_breaks_in_training_ends_the_run_with_one_line(
     tiny.training_overrides(tiny_parts, tmp_path / "out")
     buffer = io.BytesIO()
     Image.effect_noise((300, 200), 80).convert("RGB").save(buffer, "JPEG")
+    (tmp_path / "good.jpg").write_bytes(buffer.getvalue())
     data = bytearray(buffer.getvalue())
     data[len(data) // 2 : len(data) // 2 + 40] = b"\xff\xd8" * 20
     (tmp_path / "broken.jpg").write_bytes(data)
     talk = [{"from": "human", "value": "<image>\na"}, {"from": "gpt", "value": "b"}]
-    (tmp_path / "rows.json").write_text(
-        json.dumps([{"id": f"r{n}", "image": "broken.jpg", "conversations": talk} for n in range(8)])
-    )
+    pictures = ["broken.jpg" if number == 3 else "good.jpg" for number in range(40)]
+    rows = [{"id": f"r{number}", "image": name, "conversations": talk} for number, name in enumerate(pictures)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
     changes = {
         "data.data_path": tmp_path / "rows.json",
         "data.image_folder": tmp_path,
-        "data.check": "false",
+        "training.num_train_epochs": 1,
         "training.dataloader_num_workers": num_workers,
     }
     overrides = tiny.training_overrides(tiny_parts, tmp_path / "out", **FULL, **changes)
     command = [sys.executable, "-m", "vir_hf.train", *overrides]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 2
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: row r") and "broken.jpg" in last and "Traceback" not in done.stderr
+    error = done.stderr.partition("error: row r3: ")[2].partition("\n")[0]
+    assert "broken.jpg" in error and "data.on_bad_image=skip" in error and "Traceback" not in done.stderr
 
 
 @pytest.mark.real_data
