@@ -13,7 +13,7 @@ import vir_hf
 from vir_hf.conversations import encode_row
 from vir_hf.errors import DataError, RecipeError
 from vir_hf.llava.processing_llava import LlavaProcessor
-from vir_hf.rows import BadRow, BadRowPolicy
+from vir_hf.rows import MIXTURE, BadRow, BadRowPolicy
 from vir_hf.sampling import RowSize, StepSampler
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def measure_rows(
     reasons = measured["reason"]
     bad = [number for number, reason in enumerate(reasons) if reason is not None]
     if bad:
-        source = recipe.data.data_path or "data.sources"
+        source = recipe.data.data_path or MIXTURE
         found = [BadRow(source, number, str(rows[number]["id"]), "unusable", reasons[number]) for number in bad]
         policy = BadRowPolicy(recipe.data.on_bad_row, recipe.data.on_bad_image, recipe.data.max_bad_fraction)
         policy.enforce(found, len(rows), source)

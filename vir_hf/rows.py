@@ -14,6 +14,8 @@ from vir_hf.image_folder import ImageFolder
 
 logger = logging.getLogger(__name__)
 
+MIXTURE = "data.sources"  # what a mixture is called where one file has its path; its rows count through all sources
+
 
 @dataclasses.dataclass
 class BadRow:
@@ -56,9 +58,10 @@ class BadRowPolicy:
         if refused:
             keys = sorted({"data.on_bad_image" if bad.is_image else "data.on_bad_row" for bad in refused})
             leave_out = " and ".join(f"{key}=skip" for key in keys)
+            checked = "FILE, for the file of each source" if source == MIXTURE else shlex.quote(source)
             raise DataError(
-                f"{place} In all, {count}. List them: vir-hf data check {shlex.quote(source)} with the same "
-                f"--image-folder. Leave them out: {leave_out}."
+                f"{place} In all, {count}. List them: vir-hf data check {checked}, with the same --image-folder. Leave them out: "
+                f"{leave_out}."
             )
         self.enforce_fraction(len(bad_rows), num_rows, f"the first is {place}")
         logger.warning("%s: %s and are left out; the first is %s", source, count, place)

@@ -32,7 +32,7 @@ from vir_hf.picture_check import leave_out_broken_pictures
 from vir_hf.planning import measure_rows, plan_steps
 from vir_hf.preprocessing import ImagePreprocessor, recommended_num_workers
 from vir_hf.progress import StepLines
-from vir_hf.rows import BadRow, BadRowPolicy
+from vir_hf.rows import MIXTURE, BadRow, BadRowPolicy
 from vir_hf.sampling import StepSampler
 from vir_hf.signals import RunStopped, StopOnSignal
 from vir_hf.streaming import StreamPlan, plan_stream
@@ -180,7 +180,7 @@ def rows_and_plan(
         return share_of_stream(rows, rank, world_size), plan_stream(recipe, world_size, rank)
     if recipe.data.check:
         policy = BadRowPolicy(recipe.data.on_bad_row, recipe.data.on_bad_image, recipe.data.max_bad_fraction)
-        rows = leave_out_broken_pictures(rows, policy, recipe.data.data_path or "data.sources", bad_rows=bad_rows)
+        rows = leave_out_broken_pictures(rows, policy, recipe.data.data_path or MIXTURE, bad_rows=bad_rows)
     rows, sizes = measure_rows(rows, processor, recipe, bad_rows)
     return rows, plan_steps(recipe, sizes, processor, world_size, rank)
 
