@@ -17,7 +17,7 @@ from transformers import CLIPImageProcessorPil
 
 from vir_hf import cli
 from vir_hf.conversations import encode_row
-from vir_hf.inspection import as_page, as_terminal_text, denormalise, inspect_row
+from vir_hf.inspection import _pieces, as_page, as_terminal_text, denormalise, inspect_row
 from vir_hf.llava.processing_llava import LlavaProcessor
 
 
@@ -62,6 +62,17 @@ def test_two_images_side_by_side_are_two_spans(processor: LlavaProcessor):
     row["messages"][0]["content"] = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "?"}]
     row["images"] = [{"path": "a", "bytes": None}] * 2
     assert [s.sort for s in inspect_row(row, 0, processor).spans].count("image") == 2
+
+
+def test_pieces_are_those_of_decoding_all_that_came_before(processor: LlavaProcessor):
+    """Each in a window of its own, since decoding everything anew for every token never ends on a long row."""
+    text = "<b>réd</b> 🙂🙂 \ufffd\ufffd\ufffd\ufffd\ufffd\ufffd ok  two\n\nlines 漢字 end."
+    ids = processor.tokenizer(text)["input_ids"]
+    pieces = _pieces(processor.tokenizer, ids)
+    assert len(pieces) == len(ids)
+    assert "".join(pieces) == processor.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    shown = inspect_row(make_row(answer="word " * 20_000), 0, processor)
+    assert shown.num_tokens > 20_000
 
 
 def test_cut_rows_say_so(processor: LlavaProcessor):
@@ -143,6 +154,32 @@ class TestCommand:
         assert [n for n in range(6) if f"Number {n}." in shown.out] == [0, 1, 2]
         assert "error: row 1: " in shown.err and "1.png" in shown.err and "row 0" not in shown.err
 
+    def test_rows_count_as_in_the_file_whatever_is_left_out(
+        self, files, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    ):
+        rows, processor = files
+        (tmp_path / "0.png").unlink()
+        (tmp_path / "3.png").unlink()
+        command = ["data", "inspect", rows, "--processor", processor]
+        assert cli.main(command) == 0
+        assert re.findall(r"Number (\d)", capsys.readouterr().out) == ["1", "2", "4"]
+        assert cli.main([*command, "--rows", "0-999999999"]) == 1
+        shown = capsys.readouterr()
+        assert re.findall(r"row (\d), id r(\d)", shown.out) == [(str(n), str(n)) for n in (1, 2, 4, 5)]
+        assert "row 0 (id r0): training leaves it out: " in shown.err and "row 3 (id r3)" in shown.err
+        assert cli.main([*command, "--id", "r3"]) == 1
+        assert "3.png" in capsys.readouterr().err
+
+    def test_what_steers_a_terminal_is_shown_as_an_escape(
+        self, files, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    ):
+        rows, processor = files
+        talk = [{"from": "human", "value": "a\x1b[31m \u202eb"}, {"from": "gpt", "value": "c\x07"}]
+        Path(rows).write_text(json.dumps([{"id": "i\x1b]0;title", "conversations": talk}]))
+        assert cli.main(["data", "inspect", rows, "--processor", processor]) == 0
+        out = capsys.readouterr().out
+        assert not set(out) & {"\x1b", "\u202e", "\x07"} and r"i\x1b]0;title" in out
+
     def test_a_tokenizer_is_enough_for_text(self, files, capsys: pytest.CaptureFixture[str]):
         rows, processor = files
         command = ["data", "inspect", rows, "--tokenizer", processor, "--image-tokens", "9", "--template", "plain"]
@@ -179,6 +216,9 @@ class TestCommand:
             [rows, "--processor", processor, "--id", "nobody"],
             [rows, "--tokenizer", "/nowhere"],
             ["data.data_path=/nowhere.json"],
+            [rows, "--processor", processor, "--random", "-2"],
+            [rows, "--processor", processor, "--json", rows],
+            [rows, "--processor", processor, "--html", "/nowhere/page.html"],
         ):
             assert cli.main(["data", "inspect", *wrong]) == 2, wrong
         assert "error:" in capsys.readouterr().err

@@ -18,6 +18,7 @@ from vir_hf import html_pages as html
 from vir_hf.conversations import encode_row
 from vir_hf.errors import DataError
 from vir_hf.preprocessing import ImagePreprocessor
+from vir_hf.terminal import printable
 
 _STYLE = """
 .row { display: grid; grid-template-columns: minmax(0, 300px) minmax(0, 1fr); gap: 18px; }
@@ -130,12 +131,22 @@ def _spans(input_ids: list[int], labels: list[int], processor: Any) -> list[Span
 
 def _pieces(tokenizer: Any, ids: list[int]) -> list[str]:
     """Return the text each token adds to those before it; a character of several tokens comes with its last one."""
-    pieces, shown = [], ""
+
+    def decode(first: int, last: int) -> str:
+        text: str = tokenizer.decode(ids[first:last], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
+
+    pieces: list[str] = []
+    before = start = (
+        0  # what is decoded anew: the last whole piece, which decides how the next one begins, and all since
+    )
     for end in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        is_whole = not text.endswith("\ufffd") or end == len(ids)
-        pieces.append(text[len(shown) :] if is_whole else "")
-        shown = text if is_whole else shown
+        text, known = decode(before, end), decode(before, start)
+        # A character has at most four bytes, and so at most four tokens: after more, the sign for a broken one is meant.
+        is_whole = not text.endswith("\ufffd") or end == len(ids) or end - start > 4
+        pieces.append(text[len(known) :] if is_whole else "")
+        if is_whole:
+            before, start = start, end
     return pieces
 
 
@@ -151,7 +162,7 @@ def as_terminal_text(row: InspectedRow, with_ids: bool = False) -> Text:
             if with_ids
             else span.text
         )
-        body = body.replace("\n", "\u21b5\n")
+        body = printable(body).replace("\n", "\u21b5\n")
         text.append(
             f"\u00ab{body}\u00bb" if span.sort == "learned" else body, style="green" if span.sort == "learned" else ""
         )

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from vir_hf.errors import RecipeError
 from vir_hf.json_files import refuse_output
+from vir_hf.terminal import printable
 
 if TYPE_CHECKING:
     from vir_hf.checks import CheckReport
@@ -213,7 +214,7 @@ def _print(report: CheckReport, console: Console) -> None:
         what = first.detail.partition(". ")[0]  # the remedy stands in the JSON and HTML reports
         line = Text(f"  {first.severity:<8}{count:>8,}  ")
         line.append(kind.ljust(width), style="red" if kind in ERRORS else "yellow")
-        console.print(line.append(f"  {place}: {what}"), soft_wrap=True)
+        console.print(line.append(printable(f"  {place}: {what}")), soft_wrap=True)
     console.print(f"{num_bad:,} rows with a problem; training refuses {num_refused:,} of them (errors)")
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from rich.text import Text
 
 from vir_hf.commands.data_check import is_recipe
 from vir_hf.errors import DataError, RecipeError
+from vir_hf.json_files import refuse_output
+from vir_hf.terminal import printable
 
 _EPILOG = """\
 examples:
@@ -28,15 +32,20 @@ Learned tokens are green and stand between \u00ab and \u00bb; a picture's tokens
 def main(argv: list[str]) -> int:
     """Show rows; return 0, or 1 when one of them, or a picture of one, cannot be trained on."""
     arguments = _parse(argv)
-    processor, rows, max_length, lead = _open(arguments)
+    processor, rows, max_length, lead, left_out = _open(arguments)
     from vir_hf.image_folder import is_url
     from vir_hf.images import open_image
     from vir_hf.inspection import as_page, as_terminal_text, inspect_row
 
     shown, failed = [], []
-    for number in _choose(arguments, rows):
+    index_of = _indices(len(rows), left_out)
+    for number in _choose(arguments, rows, index_of, left_out):
+        if number not in index_of:
+            bad = left_out[number]
+            failed.append(f"row {number} (id {bad.id}): training leaves it out: {bad.detail}")
+            continue
         try:
-            shown.append(inspect_row(rows[number], number, processor, max_length))
+            shown.append(inspect_row(rows[index_of[number]], number, processor, max_length))
             for image in shown[-1].images:
                 if not is_url(_name(image)):
                     open_image(image)
@@ -45,9 +54,11 @@ def main(argv: list[str]) -> int:
     if arguments.json != "-":
         console = Console(highlight=False)
         for row in shown:
-            console.print(Text(row.title, style="bold"), soft_wrap=True)
+            console.print(Text(printable(row.title), style="bold"), soft_wrap=True)
             for image in row.images:
-                console.print(Text(f"image {_name(image) or 'embedded in the row'}", style="dim"), soft_wrap=True)
+                console.print(
+                    Text(f"image {printable(_name(image)) or 'embedded in the row'}", style="dim"), soft_wrap=True
+                )
             console.print(as_terminal_text(row, arguments.ids), soft_wrap=True)
             console.print()
     if arguments.json:
@@ -59,7 +70,7 @@ def main(argv: list[str]) -> int:
     if arguments.html:
         Path(arguments.html).write_text(as_page(shown, processor, lead, arguments.ids), encoding="utf-8")
     for reason in failed:
-        print(f"error: {reason}", file=sys.stderr)
+        print(f"error: {printable(reason)}", file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -99,11 +110,18 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--ids", action="store_true", help="show the number of every token")
     parser.add_argument("--html", metavar="FILE", help="write one HTML page with the pictures as the tower sees them")
     parser.add_argument("--json", metavar="FILE", help="write the rows as JSON, - for the terminal")
-    return parser.parse_intermixed_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.random is not None and arguments.random < 1:
+        raise RecipeError(f"--random {arguments.random}: expected 1 or more.")
+    inputs = [arguments.target[0]]
+    for option, path in (("--json", arguments.json), ("--html", arguments.html)):
+        refuse_output(path, option, inputs)
+        inputs += [path] if path and path != "-" else []
+    return arguments
 
 
-def _open(arguments: argparse.Namespace) -> tuple[Any, Any, int | None, str]:
-    """Return processor, rows, max_length and a line that says what is shown."""
+def _open(arguments: argparse.Namespace) -> tuple[Any, Any, int | None, str, dict[int, Any]]:
+    """Return processor, rows, max_length, a line that says what is shown, and the rows left out, by their number in the file."""
     from vir_hf.data import load_llava_dataset, load_recipe_rows
     from vir_hf.row_processor import load_recipe_processor, make_row_processor
 
@@ -114,7 +132,7 @@ def _open(arguments: argparse.Namespace) -> tuple[Any, Any, int | None, str]:
         recipe.data.streaming = False  # rows are chosen by number here
         rows = load_recipe_rows(recipe)
         lead = f"{' '.join(arguments.target)}: template {recipe.model.template}"
-        return load_recipe_processor(recipe), rows, arguments.max_length or recipe.training.max_length, lead
+        return load_recipe_processor(recipe), rows, arguments.max_length or recipe.training.max_length, lead, {}
     path = arguments.target[0]
     if arguments.processor:
         from vir_hf.loading import load_processor
@@ -127,29 +145,50 @@ def _open(arguments: argparse.Namespace) -> tuple[Any, Any, int | None, str]:
             f"data inspect: nothing says how {path} is tokenised. Name a recipe (experiment=NAME data.data_path={path}), or "
             "--processor MODEL, or --tokenizer NAME."
         )
+    bad_rows: list[Any] = []
     rows = load_llava_dataset(
-        path, arguments.image_folder, decode_images=False, on_bad_row="skip", on_bad_image="skip", max_bad_fraction=1.0
+        path,
+        arguments.image_folder,
+        decode_images=False,
+        on_bad_row="skip",
+        on_bad_image="skip",
+        max_bad_fraction=1.0,
+        bad_rows=bad_rows,
     )
-    return processor, rows, arguments.max_length, f"{path}: template {processor.template}"
+    # Of several files, rows count through those that can be used: no number would say which file it counts in.
+    left_out = {bad.row: bad for bad in bad_rows} if os.path.isfile(path) else {}
+    return processor, rows, arguments.max_length, f"{path}: template {processor.template}", left_out
 
 
-def _choose(arguments: argparse.Namespace, rows: Any) -> list[int]:
-    """Return the numbers of the rows to show."""
+def _indices(num_rows: int, left_out: Mapping[int, Any]) -> dict[int, int]:
+    """Return where each row of the file, by its number there, stands among those that can be used."""
+    usable = (number for number in range(num_rows + len(left_out)) if number not in left_out)
+    return {number: index for index, number in enumerate(usable)}
+
+
+def _choose(
+    arguments: argparse.Namespace, rows: Any, index_of: Mapping[int, int], left_out: Mapping[int, Any]
+) -> list[int]:
+    """Return the numbers of the rows to show, as they count in the file."""
+    num_rows = len(index_of) + len(left_out)
     if arguments.id is not None:
-        found = [number for number, row_id in enumerate(rows["id"]) if row_id == arguments.id]
+        ids = rows["id"]
+        found = [number for number, index in index_of.items() if ids[index] == arguments.id]
+        found += [number for number, bad in left_out.items() if bad.id == arguments.id]
         if not found:
-            raise DataError(f"--id {arguments.id}: none of the {len(rows)} rows has it.")
-        return found
+            raise DataError(f"--id {arguments.id}: none of the {num_rows} rows has it.")
+        return sorted(found)
     if arguments.random is not None:
-        return sorted(random.Random(arguments.seed).sample(range(len(rows)), min(arguments.random, len(rows))))
+        return sorted(random.Random(arguments.seed).sample(list(index_of), min(arguments.random, len(index_of))))
+    if arguments.rows is None:
+        return list(index_of)[:3]
     numbers: list[int] = []
     try:
-        for part in (arguments.rows or "0-2").split(","):
+        for part in arguments.rows.split(","):
             first, _, last = part.partition("-")
-            numbers += range(int(first), int(last or first) + 1)
+            numbers += range(int(first), min(int(last or first) + 1, num_rows))
     except ValueError:
         raise RecipeError(f"--rows {arguments.rows}: expected numbers and ranges such as 0-4,17.") from None
-    chosen = [number for number in numbers if number < len(rows)]
-    if not chosen:
-        raise RecipeError(f"--rows {arguments.rows}: there are {len(rows)} rows, counted from 0.")
-    return chosen
+    if not numbers:
+        raise RecipeError(f"--rows {arguments.rows}: there are {num_rows} rows, counted from 0.")
+    return numbers
