@@ -6,6 +6,8 @@ import io
 import json
 import os
 import pickle
+import socket
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from PIL import Image
 
 from vir_hf.errors import DataError, ImageError
 from vir_hf.image_folder import ImageFolder
-from vir_hf.images import open_image
+from vir_hf.images import open_image, read_image_header
 
 
 def encode(image: Image.Image, image_format: str = "PNG", **options) -> bytes:
@@ -149,6 +151,24 @@ class TestFolder:
     def test_dots_and_absolute_paths_do_not_lead_out(self, folder: Path):
         for name in ("../secret.png", "sub/../../secret.png", str(folder.parent / "secret.png"), "/etc/hostname"):
             assert kind_of(name, folder) == "image_outside_folder"
+        for name in ("..", "../", "sub/../.."):
+            assert kind_of(name, folder) == "image_outside_folder"
+        assert kind_of("sub/..", folder) == "image_missing"
+
+    def test_only_regular_files_are_read(self, folder: Path, monkeypatch: pytest.MonkeyPatch):
+        os.mkfifo(folder / "pipe.png")
+        os.mkfifo(folder / "pipe.zip")
+        monkeypatch.chdir(folder)  # a socket's path must be short
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind("socket.png")
+        for name, word in (("pipe.png", "named pipe"), ("socket.png", "socket")):
+            for read in (lambda path: open_image(path, folder), read_image_header):
+                with pytest.raises(ImageError, match=f"is a {word}; expected a regular file") as caught:
+                    read(str(folder / name))
+                assert caught.value.kind == "image_unreadable"
+        assert kind_of("/dev/zero") == "image_unreadable"
+        with pytest.raises(DataError, match="no regular file"):
+            open_image("a.png", folder / "pipe.zip")
 
     def test_symbolic_links_do_not_lead_out(self, folder: Path):
         (folder / "link.png").symlink_to(folder.parent / "secret.png")
@@ -192,6 +212,7 @@ class TestFolder:
         assert open_image("000000000042.jpg", folder).size == (8, 4)
         assert open_image("train2014/COCO_train2014_000000000077.jpg", folder).size == (8, 4)
         assert kind_of("COCO_train2014_000000000010.jpg", folder) == "image_missing"
+        assert kind_of("000000000009.jpg\n", folder) == "image_missing"
         # A place written down before the file was renamed.
         assert open_image({"bytes": None, "path": str(folder / "000000000042.jpg")}).size == (8, 4)
 
@@ -209,8 +230,6 @@ class TestArchives:
                 for name, data in members.items():
                     file.writestr(name, data)
         else:
-            import tarfile
-
             with tarfile.open(path, "w") as file:
                 for name, data in members.items():
                     info = tarfile.TarInfo(f"./{name}")
@@ -240,6 +259,45 @@ class TestArchives:
         folder.mkdir(parents=True)
         archive.rename(folder / f"train2017{archive.suffix}")
         assert open_image("coco/train2017/000000000009.jpg", folder.parent).size == (8, 4)
+
+    def test_coco_editions_are_found_in_an_archive_in_a_folder(self, archive: Path):
+        folder = archive.parent / "data" / "coco"
+        folder.mkdir(parents=True)
+        archive.rename(folder / f"train2017{archive.suffix}")
+        for name in ("train2014/COCO_train2014_000000000009.jpg", "val2017/000000000009.jpg"):
+            assert open_image(f"coco/{name}", folder.parent).size == (8, 4)
+            assert open_image(name, folder).size == (8, 4)
+        assert kind_of("coco/train2014/COCO_train2014_000000000010.jpg", folder.parent) == "image_missing"
+        (folder / "train2014").mkdir()
+        assert open_image("coco/train2014/COCO_train2014_000000000009.jpg", folder.parent).size == (8, 4)
+
+    @pytest.mark.parametrize("name", ["coco.zip", "coco/images.zip"])
+    def test_coco_editions_are_found_in_an_archive_of_several(self, tmp_path: Path, name: str):
+        path = tmp_path / "data" / name
+        path.parent.mkdir(parents=True)
+        with zipfile.ZipFile(path, "w") as file:
+            for member in ("train2017/000000000009.jpg", "val2014/COCO_val2014_000000000042.jpg"):
+                file.writestr(member, encode(half_red()))
+        top = name.removesuffix(".zip")
+        for reference in ("train2014/COCO_train2014_000000000009.jpg", "train2017/000000000042.jpg"):
+            assert open_image(f"{top}/{reference}", tmp_path / "data").size == (8, 4)
+            assert open_image(reference, path).size == (8, 4)
+
+    def test_a_member_may_begin_with_a_dot_and_a_slash(self, tmp_path: Path):
+        with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+            file.writestr("./dot.png", encode(half_red()))
+        assert open_image("dot.png", tmp_path / "a.zip").size == (8, 4)
+        assert open_image("./dot.png", tmp_path / "a.zip").size == (8, 4)
+
+    def test_a_hard_link_in_a_tar_is_the_file_it_links_to(self, tmp_path: Path):
+        (tmp_path / "in").mkdir()
+        (tmp_path / "in" / "a.png").write_bytes(encode(half_red()))
+        os.link(tmp_path / "in" / "a.png", tmp_path / "in" / "b.png")
+        with tarfile.open(tmp_path / "a.tar", "w") as file:
+            for name in ("a.png", "b.png"):
+                file.add(tmp_path / "in" / name, f"./{name}")
+            assert file.getmember("./b.png").islnk()
+        assert open_image("b.png", tmp_path / "a.tar").size == (8, 4)
 
     def test_the_place_of_a_member_must_lie_in_the_folder_too(self, archive: Path, tmp_path: Path):
         place = f"{archive.suffix[1:]}://train2017/000000000009.jpg::{archive}"

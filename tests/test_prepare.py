@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -48,7 +49,9 @@ class PictureServer:
                 data = outer.files.get(self.path)
                 fault = outer.faults.get(self.path, [])
                 fault = fault.pop(0) if fault else None
-                if isinstance(fault, int):
+                if fault in ("drip", "drip headers"):
+                    self.drip(data, fault == "drip headers")
+                elif isinstance(fault, int):
                     self.send_response(fault)
                     self.send_header("Retry-After", "0")
                     self.end_headers()
@@ -63,6 +66,12 @@ class PictureServer:
                     elif fault == "garble":
                         data = b"x" * len(data)
                     self.wfile.write(data)
+
+            def drip(self, data: bytes, has_slow_headers: bool) -> None:
+                self.wfile.write(b"HTTP/1.0 200 OK\r\n" if has_slow_headers else b"HTTP/1.0 200 OK\r\n\r\n")
+                for byte in b"X-Slow: " + b"x" * 200 if has_slow_headers else data:
+                    self.wfile.write(bytes([byte]))
+                    time.sleep(0.05)
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.http.handle_error = lambda *_: None
@@ -125,6 +134,19 @@ def test_downloads_are_retried_until_they_decode(source: Path, tmp_path: Path, s
     assert not prepared.failed and prepared.num_rows == 20
     assert (server.asked["/a/1.jpg"], server.asked["/a/2.jpg"], server.asked["/a/3.jpg"]) == (4, 3, 2)
     assert check_data(prepared.rows_file, tmp_path / "out" / "images", decode=True).problems == []
+
+
+@pytest.mark.parametrize("fault", ["drip", "drip headers"])
+def test_a_try_ends_in_time_although_bytes_keep_coming(tmp_path: Path, server: PictureServer, fault: str):
+    server.files["/a/1.jpg"] = jpeg(1)
+    server.faults["/a/1.jpg"] = [fault, fault]
+    (tmp_path / "rows.json").write_text(json.dumps([row(1, "a/1.jpg")]))
+    fetching = downloading(server, retries=1, timeout_seconds=0.4)
+    start = time.monotonic()
+    prepared = prepare_data(str(tmp_path / "rows.json"), tmp_path / "out", fetching=fetching)
+    assert time.monotonic() - start < 5
+    assert "timed out" in prepared.failed[0]["reason"] and server.asked["/a/1.jpg"] == 2
+    assert not prepare_data(str(tmp_path / "rows.json"), tmp_path / "out", fetching=downloading(server)).failed
 
 
 def test_what_failed_is_listed_and_its_rows_left_out(source: Path, tmp_path: Path, server: PictureServer):
@@ -222,12 +244,40 @@ def test_the_command(source: Path, tmp_path: Path, server: PictureServer, capsys
         [str(tmp_path / "nothing.json"), "out"],
         [str(source), "out", "--num-rows", "0"],
         [str(source), "out", "--base-url", "http://x"],
+        [str(source), "out", "--timeout", "0"],
         [str(source), "out", "--image-folder", str(tmp_path / "nowhere")],
         [str(source), str(tmp_path / "n"), "--match", "no such text"],
         [str(source)],
     ):
         assert cli.main(["data", "prepare", *wrong]) == 2, wrong
     assert "error:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("address", ["ftp://x", "x.example/pictures", "http://", "http://[x", "file:///etc"])
+def test_a_base_url_is_of_the_web(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], address: str):
+    out = tmp_path / "out"
+    assert cli.main(["data", "prepare", str(source), str(out), "--download", "--base-url", address]) == 2
+    assert f"--base-url {address}: expected an http or https address" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_an_output_folder_that_cannot_be_made(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "images").write_text("a file")
+    for out in (str(source), "/proc/x", str(tmp_path / "half")):
+        assert cli.main(["data", "prepare", str(source), out, "--image-folder", str(tmp_path / "pictures")]) == 2
+        assert f"error: {out}/images: cannot be made (" in capsys.readouterr().err
+
+
+def test_an_interruption_is_said_once(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vir_hf.prepare.prepare_data", interrupt)
+    assert cli.main(["data", "prepare", str(source), str(tmp_path / "out")]) == cli.INTERRUPTED
+    assert capsys.readouterr().err == "interrupted; run the same command again to go on\n"
 
 
 def test_a_source_without_rows_to_take(tmp_path: Path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import stat
 import struct
 import tarfile
 import zipfile
@@ -84,7 +85,8 @@ def _zip_members(path: str) -> dict[str, Member]:
                 continue
             if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise zipfile.BadZipFile(f"{info.filename} is encrypted or compressed other than by deflate")
-            members[info.filename] = Member(info.header_offset, info.compress_size, info.file_size, info.compress_type)
+            name = info.filename.removeprefix("./")
+            members[name] = Member(info.header_offset, info.compress_size, info.file_size, info.compress_type)
     return members
 
 
@@ -92,10 +94,11 @@ def _tar_members(path: str) -> dict[str, Member]:
     members = {}
     with tarfile.open(path, "r:") as archive:
         for info in archive:
+            name = info.name.removeprefix("./")
             if info.isreg():
-                members[info.name.removeprefix("./")] = Member(
-                    info.offset_data, info.size, info.size, zipfile.ZIP_STORED
-                )
+                members[name] = Member(info.offset_data, info.size, info.size, zipfile.ZIP_STORED)
+            elif info.islnk() and info.linkname.removeprefix("./") in members:  # what it links to comes before it
+                members[name] = members[info.linkname.removeprefix("./")]
             archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise: 1 KiB a picture
     return members
 
@@ -103,10 +106,12 @@ def _tar_members(path: str) -> dict[str, Member]:
 def open_archive(path: str) -> Archive:
     """Return the archive at a path; its table of contents is kept for this process until the file changes."""
     try:
-        stat = os.stat(path)
+        status = os.stat(path)
     except OSError as error:
         raise DataError(f"{path}: no such archive ({error.strerror}). Check image_folder.") from error
-    return _open_archive(path, stat.st_size, stat.st_mtime_ns)
+    if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
+        raise DataError(f"{path}: is no readable {path[-3:]} archive (no regular file). Check image_folder.")
+    return _open_archive(path, status.st_size, status.st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=16)

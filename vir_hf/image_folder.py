@@ -7,22 +7,31 @@ folder, neither by `..` nor by a symbolic link. `read_bytes` gives what lies at 
 
 from __future__ import annotations
 
+import functools
 import os
 import re
+import stat
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from vir_hf.archives import ARCHIVE_SUFFIXES, open_archive
 from vir_hf.errors import DataError, ImageError
 
 MAX_DOWNLOAD_BYTES = 64 * 2**20
-_COCO_NAME = re.compile(r"^(?:COCO_(?:train|val|test)\d{4}_)?(\d{12}\.\w+)$")
-_COCO_EDITION = re.compile(r"^(?:train|val|test)20(?:14|15|17)$")
+_COCO_NAME = re.compile(r"^(?:COCO_(?:train|val|test)\d{4}_)?(\d{12}\.\w+)\Z")
+_COCO_EDITION = re.compile(r"^(?:train|val|test)20(?:14|15|17)\Z")
 _COCO_PREFIXES = ("", "COCO_train2014_", "COCO_val2014_", "COCO_test2014_", "COCO_test2015_")
 _COCO_FOLDERS = ("train2017", "val2017", "train2014", "val2014")
+_SPECIAL_FILES = (
+    (stat.S_ISFIFO, "named pipe"),
+    (stat.S_ISSOCK, "socket"),
+    (stat.S_ISCHR, "character device"),
+    (stat.S_ISBLK, "block device"),
+)
 _URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+://")
 
 
@@ -85,10 +94,8 @@ class ImageFolder:
             return reference
         if not reference or "\0" in reference:
             raise ImageError("image_missing", f"{reference!r}: is no file name; expected a path below {self.path}.")
-        if self.is_archive:
-            place = _locate_in_archive(self._root, reference)
-        else:
-            place = self._locate_in_directory(reference)
+        find = functools.partial(_locate_in_archive, self._root) if self.is_archive else self._locate_in_directory
+        place = find(reference) or next(filter(None, map(find, _other_editions(reference))), None)
         if place is None:
             raise ImageError(
                 "image_missing",
@@ -99,10 +106,10 @@ class ImageFolder:
 
     def _locate_in_directory(self, reference: str) -> str | None:
         directory, name = os.path.split(os.path.join(self._root, reference))
+        if name == "..":
+            self._refuse_outside(os.path.realpath(os.path.join(directory, name)), reference)
         listing = self._list(directory)
-        if listing is None:
-            return self._locate_in_nested_archive(reference) or self._locate_in_other_edition(directory, name)
-        return self._find(listing, name) or self._locate_in_other_edition(directory, name)
+        return self._find(listing, name) if listing else self._locate_in_nested_archive(reference)
 
     def _find(self, listing: _Listing, name: str) -> str | None:
         for candidate in (name,) if name in listing.names else _coco_names(name):
@@ -110,17 +117,6 @@ class ImageFolder:
                 place = os.path.join(listing.directory, candidate)
                 if candidate in listing.links:
                     self._refuse_outside(os.path.realpath(place), name)
-                return place
-        return None
-
-    def _locate_in_other_edition(self, directory: str, name: str) -> str | None:
-        parent, edition = os.path.split(directory)
-        if not (_COCO_EDITION.match(edition) and _COCO_NAME.match(name)):
-            return None
-        for other in _COCO_FOLDERS:
-            listing = self._list(os.path.join(parent, other))
-            place = self._find(listing, name) if listing else None
-            if place:
                 return place
         return None
 
@@ -179,6 +175,14 @@ def _coco_names(name: str) -> list[str]:
     return [name, *(prefix + match.group(1) for prefix in _COCO_PREFIXES if prefix + match.group(1) != name)]
 
 
+def _other_editions(reference: str) -> Iterator[str]:
+    """Yield a reference as it would be with the folder of another COCO edition."""
+    folder, name = os.path.split(reference)
+    parent, edition = os.path.split(folder)
+    if _COCO_EDITION.match(edition) and _COCO_NAME.match(name):
+        yield from (os.path.join(parent, other, name) for other in _COCO_FOLDERS if other != edition)
+
+
 def _locate_in_archive(archive_path: str, reference: str) -> str | None:
     parts = reference.replace("\\", "/").split("/")
     if ".." in parts or reference.startswith("/"):
@@ -211,6 +215,17 @@ def split_place(place: str) -> tuple[str, str] | None:
     return archive_path, inner
 
 
+def open_file(path: str) -> BinaryIO:
+    """Open an image file for reading. A pipe, which would be waited for, a socket or a device is an `ImageError`."""
+    mode = os.stat(path).st_mode
+    for is_such, word in _SPECIAL_FILES:
+        if is_such(mode):
+            raise ImageError(
+                "image_unreadable", f"{path}: is a {word}; expected a regular file. Remove it or its rows."
+            )
+    return open(path, "rb")
+
+
 def read_bytes(place: str, *, allow_urls: bool = False) -> bytes:
     """Return the bytes at a place: a path, `zip://inner::/archive.zip`, `tar://inner::/archive.tar`, or a URL if allowed.
 
@@ -223,14 +238,16 @@ def read_bytes(place: str, *, allow_urls: bool = False) -> bytes:
     if is_url(place):
         return _download(place, allow_urls)
     try:
-        with open(place, "rb") as file:
+        with open_file(place) as file:
             return file.read()
+    except ImageError:
+        raise
     except (FileNotFoundError, NotADirectoryError):
         found = next(
             (name for name in _coco_names(os.path.basename(place))[1:] if Path(place).with_name(name).exists()), None
         )
         if found:
-            return Path(place).with_name(found).read_bytes()
+            return read_bytes(str(Path(place).with_name(found)))
         raise ImageError(
             "image_missing", f"{place}: no such file. Check image_folder, or fetch the picture (vir-hf data prepare)."
         ) from None

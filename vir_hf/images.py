@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from vir_hf.errors import DataError, ImageError
-from vir_hf.image_folder import ImageFolder, is_url, read_bytes, split_place
+from vir_hf.image_folder import ImageFolder, is_url, open_file, read_bytes, split_place
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit for a warning (a quarter of a gigabyte as RGB); we refuse there
 _ORIENTATION = 0x0112
@@ -153,7 +153,7 @@ def read_image_header(source: str | bytes | dict[str, Any]) -> ImageHeader:
     """
     if isinstance(source, str) and not split_place(source):
         try:
-            with open(source, "rb") as file:
+            with open_file(source) as file:
                 return _read_header(file, source)
         except ImageError:
             raise

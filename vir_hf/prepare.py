@@ -6,10 +6,12 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import http.client
+import io
 import logging
 import os
 import random
 import re
+import socket
 import time
 import urllib.error
 import urllib.parse
@@ -28,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 COCO_URL = "http://images.cocodataset.org"
 _COCO = re.compile(
-    r"(?:(?P<folder>(?:train|val|test)20\d\d)/)?(?:COCO_(?P<prefix>(?:train|val|test)20\d\d)_)?\d{12}\.jpg$"
+    r"(?:(?P<folder>(?:train|val|test)20\d\d)/)?(?:COCO_(?P<prefix>(?:train|val|test)20\d\d)_)?\d{12}\.jpg\Z"
 )
 _WORTH_RETRYING = (408, 425, 429, 500, 502, 503, 504)
 _MAX_WAIT_SECONDS = 60.0
@@ -42,6 +44,7 @@ class Fetching:
         mode: `copy` or `link` (a hard link) from `image_folder`, or `download`.
         base_url: a picture's address is this and its reference; COCO's own scheme by default.
         retries: how often a failed download is tried again, after `backoff_seconds`, twice that, four times that ...
+        timeout_seconds: how long one try may take, from connecting to the last byte.
     """
 
     mode: str = "copy"
@@ -105,7 +108,12 @@ def prepare_data(
         )
     out = Path(out)
     images = out / "images"
-    images.mkdir(parents=True, exist_ok=True)
+    try:
+        images.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"{images}: cannot be made ({error.strerror}). Expected a folder, or a place where one can be made."
+        ) from error
     users: dict[str, list[str]] = {}
     for row in rows:
         for reference in references_of(row):
@@ -268,11 +276,59 @@ def _read_url(address: str, timeout_seconds: float) -> bytes:
     if not address.startswith(("http://", "https://")):
         raise ImageError("image_url", f"{address}: expected an http or https address.")
     request = urllib.request.Request(address, headers={"User-Agent": "vir-hf"})
-    with urllib.request.urlopen(request, timeout=timeout_seconds) as response:
+    opener = urllib.request.build_opener(*_deadline_handlers(time.monotonic() + timeout_seconds))
+    with opener.open(request, timeout=timeout_seconds) as response:
         data: bytes = response.read(MAX_DOWNLOAD_BYTES + 1)
     if len(data) > MAX_DOWNLOAD_BYTES:
         raise ImageError("image_too_large", f"{address}: larger than {MAX_DOWNLOAD_BYTES >> 20} MiB.")
     return data
+
+
+class _DeadlineReader(io.RawIOBase):
+    """What a socket receives until a moment of `time.monotonic`. A socket's own timeout begins anew with every byte."""
+
+    def __init__(self, sock: socket.socket, raw: io.RawIOBase, deadline: float) -> None:
+        super().__init__()
+        self._sock, self._raw, self._deadline = sock, raw, deadline
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("timed out")
+        self._sock.settimeout(left)
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+def _deadline_handlers(deadline: float) -> list[urllib.request.BaseHandler]:
+    """Return what lets urllib wait for an answer, headers and all, and the answers it redirects to, until `deadline`."""
+
+    class Response(http.client.HTTPResponse):
+        def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
+            super().__init__(sock, *args, **kwargs)
+            self.fp = io.BufferedReader(_DeadlineReader(sock, self.fp.detach(), deadline))
+
+    class Connection(http.client.HTTPConnection):
+        response_class = Response
+
+    class SecureConnection(http.client.HTTPSConnection):
+        response_class = Response
+
+    class Handler(urllib.request.HTTPHandler):
+        def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+            return self.do_open(Connection, request)
+
+    class SecureHandler(urllib.request.HTTPSHandler):
+        def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+            return self.do_open(SecureConnection, request)
+
+    return [Handler(), SecureHandler()]
 
 
 def _retry_after(error: urllib.error.HTTPError) -> float:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import sys
+import urllib.parse
 from pathlib import Path
 
 from rich.console import Console
@@ -28,6 +31,7 @@ exit code: 0 complete, 1 some pictures could not be had, 2 the data cannot be re
 def main(argv: list[str]) -> int:
     """Prepare; return 0 complete, 1 with failures."""
     arguments = _parse(argv)
+    from vir_hf.cli import INTERRUPTED
     from vir_hf.data import local_path
     from vir_hf.prepare import Fetching, prepare_data
 
@@ -55,8 +59,9 @@ def main(argv: list[str]) -> int:
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
         except KeyboardInterrupt:
-            console.print("interrupted; run the same command again to go on")
-            raise
+            bar.stop()
+            print("interrupted; run the same command again to go on", file=sys.stderr)
+            return INTERRUPTED
     text = json.dumps(prepared.to_json(), indent=1)
     if arguments.json == "-":
         print(text)
@@ -96,7 +101,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--retries", type=int, default=4, metavar="N", help="tries after the first, later and later (4)"
     )
-    parser.add_argument("--timeout", type=float, default=30.0, metavar="SECONDS", help="of one try (30)")
+    parser.add_argument(
+        "--timeout", type=float, default=30.0, metavar="SECONDS", help="of one try, to its last byte (30)"
+    )
     parser.add_argument("--json", metavar="FILE", help="write what was done as JSON, - for the terminal")
     arguments = parser.parse_args(argv)
     if arguments.num_rows is not None and arguments.num_rows < 1:
@@ -105,4 +112,15 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         raise RecipeError("--num-workers must be at least 1 and --retries at least 0.")
     if arguments.base_url and not arguments.download:
         raise RecipeError("--base-url goes with --download.")
+    if arguments.base_url and not _is_web_address(arguments.base_url):
+        raise RecipeError(f"--base-url {arguments.base_url}: expected an http or https address.")
+    if not 0 < arguments.timeout < math.inf:
+        raise RecipeError(f"--timeout {arguments.timeout:g}: expected more than 0 seconds.")
     return arguments
+
+
+def _is_web_address(text: str) -> bool:
+    try:
+        return text.startswith(("http://", "https://")) and bool(urllib.parse.urlsplit(text).hostname)
+    except ValueError:  # a bracket that is never closed
+        return False
