@@ -183,8 +183,10 @@ class TestCommand:
     def test_a_tokenizer_is_enough_for_text(self, files, capsys: pytest.CaptureFixture[str]):
         rows, processor = files
         command = ["data", "inspect", rows, "--tokenizer", processor, "--image-tokens", "9", "--template", "plain"]
-        assert cli.main(command) == 0
+        page = Path(rows).with_name("page.html")
+        assert cli.main([*command, "--html", str(page)]) == 0
         assert "<image x9>" in capsys.readouterr().out
+        assert page.read_text().count("data:image/jpeg") == 3 and "as they lie in their files" in page.read_text()
 
     def test_a_recipe_shows_what_it_trains(self, tiny_parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         recipe = [

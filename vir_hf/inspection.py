@@ -17,6 +17,7 @@ from rich.text import Text
 from vir_hf import html_pages as html
 from vir_hf.conversations import encode_row
 from vir_hf.errors import DataError
+from vir_hf.images import open_image
 from vir_hf.preprocessing import ImagePreprocessor
 from vir_hf.terminal import printable
 
@@ -184,7 +185,11 @@ def as_page(rows: Sequence[InspectedRow], processor: Any, lead: str, with_ids: b
             f'<div class="card"><div class="row{"" if pictures else " text"}">{left}<div>{right}</div></div></div>'
         )
     legend = '<p class="note"><span class="learned">learned</span> tokens have labels; the others are only read. '
-    legend += "Pictures are what the vision tower gets, with the normalisation taken back.</p>"
+    legend += (
+        "Pictures are as they lie in their files: a tokenizer alone does not say how the vision tower gets them.</p>"
+        if preprocess is None
+        else "Pictures are what the vision tower gets, with the normalisation taken back.</p>"
+    )
     return html.page("Rows as the model sees them", lead, legend + "".join(cards), style=_STYLE)
 
 
@@ -207,16 +212,18 @@ def _visible(text: str) -> str:
 
 def _picture(image: Any, preprocess: ImagePreprocessor | None) -> str:
     name = os.path.basename(image.get("path") or "embedded image") if isinstance(image, dict) else str(image)
-    if preprocess is None:
-        return html.element("p", name, "facts")
     try:
-        shown = denormalise(preprocess(image), preprocess.image_processor)
+        if preprocess is None:
+            shown = open_image(image)
+            shown.thumbnail((600, 600))
+        else:
+            shown = denormalise(preprocess(image), preprocess.image_processor)
     except DataError as error:
         return html.element("p", str(error), "facts bad")
     buffer = io.BytesIO()
     shown.save(buffer, "JPEG", quality=88)
     data = base64.b64encode(buffer.getvalue()).decode()
-    label = f"{shown.width}x{shown.height} pixels, {name}"
+    label = name if preprocess is None else f"{shown.width}x{shown.height} pixels, {name}"
     return f'<img alt="" src="data:image/jpeg;base64,{data}">{html.element("p", label, "facts")}'
 
 
