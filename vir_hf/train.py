@@ -59,7 +59,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     if os.environ.get("RANK", "0") == "0":
         print(closing_words(metrics, recipe.training.output_dir))
+    _leave_process_group()
     return 0
+
+
+def _leave_process_group() -> None:
+    """End what talks to other ranks while Python is whole: a thread of it left over aborts a finished run at its exit."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _run(recipe: Recipe) -> dict[str, Any]:
