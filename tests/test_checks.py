@@ -376,6 +376,8 @@ class TestCommand:
         ):
             assert cli.main(["data", "check", str(path), "--image-folder", str(folder), *options]) == 2, options
             assert options[-2] in capsys.readouterr().err
+        glob = str(path.with_name("*" + path.suffix))
+        assert cli.main(["data", "check", glob, "--image-folder", str(folder), "--json", str(path)]) == 2
         assert path.read_bytes() == before and not (tmp_path / "same").exists()
 
     def test_calls_without_sense_are_refused(self, faulty, capsys: pytest.CaptureFixture[str]):

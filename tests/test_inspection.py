@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -208,6 +209,17 @@ class TestCommand:
         assert cli.main(["data", "check", *recipe, "--json", "-"]) in (0, 1)
         figures = json.loads(capsys.readouterr().out)["statistics"]
         assert figures["unit"] == "tokens" and figures["max_length"]
+
+    def test_the_data_of_a_recipe_is_never_written_over(self, tiny_parts: Path, tmp_path: Path, capsys):
+        shutil.copytree(tiny_parts / "images", tmp_path / "images")
+        shutil.copy(tiny_parts / "rows.json", tmp_path / "rows.json")
+        before = (tmp_path / "rows.json").read_bytes()
+        recipe = ["experiment=local_lite", f"model.language_model={tiny_parts / 'lm'}"]
+        recipe += [f"model.vision_tower={tiny_parts / 'tower'}", f"data.image_folder={tmp_path / 'images'}"]
+        for named in (f"data.data_path={tmp_path / 'rows.json'}", f"data.sources=[{{path: {tmp_path / '*.json'}}}]"):
+            assert cli.main(["data", "inspect", *recipe, named, "--json", str(tmp_path / "rows.json")]) == 2
+            assert "would overwrite a file" in capsys.readouterr().err
+        assert (tmp_path / "rows.json").read_bytes() == before
 
     def test_wrong_calls(self, files, capsys: pytest.CaptureFixture[str]):
         rows, processor = files

@@ -138,9 +138,8 @@ def _pieces(tokenizer: Any, ids: list[int]) -> list[str]:
         return text
 
     pieces: list[str] = []
-    before = start = (
-        0  # what is decoded anew: the last whole piece, which decides how the next one begins, and all since
-    )
+    # Decoded anew are the last whole piece, which decides how the next one begins, and all since.
+    before = start = 0
     for end in range(1, len(ids) + 1):
         text, known = decode(before, end), decode(before, start)
         # A character has at most four bytes, and so at most four tokens: after more, the sign for a broken one is meant.

@@ -380,7 +380,7 @@ class LlavaTrainer(SFTTrainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         num_warmup_steps = self.args.get_warmup_steps(num_training_steps)
-        if num_warmup_steps >= num_training_steps:
+        if self.args.lr_scheduler_type != "constant" and num_warmup_steps >= num_training_steps:
             logger.warning(
                 "all %d steps of this run warm up, the first at a learning rate of 0; a run this short learns with "
                 "training.warmup_steps=0",

@@ -6,8 +6,8 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from vir_hf.errors import RecipeError
+from vir_hf.errors import DataError, RecipeError
 from vir_hf.json_files import refuse_output
 from vir_hf.terminal import printable
 
@@ -45,7 +45,10 @@ def main(argv: list[str]) -> int:
         from vir_hf.data import local_data
 
         target["path"] = local_data(target["path"])
-    _refuse_outputs(arguments, target["path"])
+    written = [("--json", arguments.json), ("--html", arguments.html), ("--fix", arguments.fix)]
+    if arguments.fix:
+        written.append(("--fix", _dropped_name(arguments.fix)))
+    refuse_outputs(written, [target["path"]])
     with _progress_bar() as progress:
         report = check_data(
             target["path"],
@@ -101,6 +104,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--fix", metavar="OUT.json", help="write the sound rows, and OUT.dropped.json with the others")
     parser.add_argument("--num-workers", type=int, metavar="N", help="processes (all cores)")
     arguments = parser.parse_intermixed_args(argv)
+    if arguments.fix == "-":
+        raise RecipeError("--fix -: needs the name of a file, since a second one is written beside it.")
     for name in ("image_tokens", "max_length", "batch_size", "num_workers"):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             raise RecipeError(f"--{name.replace('_', '-')}={getattr(arguments, name)}: expected 1 or more.")
@@ -109,20 +114,23 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return arguments
 
 
-def _refuse_outputs(arguments: argparse.Namespace, data_path: str) -> None:
-    """Refuse, before the pass over the data, what could not be written after it, or would replace what is read."""
+def refuse_outputs(written: Iterable[tuple[str, str | None]], data_paths: Iterable[str]) -> None:
+    """Refuse, before the work, what could not be written after it, or would replace data or another output.
+
+    Args:
+        written: options as typed and the files they name.
+        data_paths: files, directories and globs that are read.
+    """
     from vir_hf.row_files import find_data_files
 
-    if arguments.fix == "-":
-        raise RecipeError("--fix -: needs the name of a file, since a second one is written beside it.")
-    taken = find_data_files(data_path) if os.path.exists(data_path) else []
-    written = [("--json", arguments.json), ("--html", arguments.html), ("--fix", arguments.fix)]
-    if arguments.fix:
-        written.append(("--fix", _dropped_name(arguments.fix)))
-    for option, path in written:
-        refuse_output(path, option, taken)
-        if path and path != "-":
-            taken.append(path)
+    taken: list[str] = []
+    for path in data_paths:
+        with suppress(DataError):  # a Hub id, or nothing, which the reader says better
+            taken += find_data_files(path)
+    for option, name in written:
+        refuse_output(name, option, taken)
+        if name and name != "-":
+            taken.append(name)
 
 
 def is_recipe(target: list[str]) -> bool:

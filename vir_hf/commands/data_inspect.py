@@ -14,9 +14,8 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from vir_hf.commands.data_check import is_recipe
+from vir_hf.commands.data_check import is_recipe, refuse_outputs
 from vir_hf.errors import DataError, RecipeError
-from vir_hf.json_files import refuse_output
 from vir_hf.terminal import printable
 
 _EPILOG = """\
@@ -113,10 +112,6 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     arguments = parser.parse_intermixed_args(argv)
     if arguments.random is not None and arguments.random < 1:
         raise RecipeError(f"--random {arguments.random}: expected 1 or more.")
-    inputs = [arguments.target[0]]
-    for option, path in (("--json", arguments.json), ("--html", arguments.html)):
-        refuse_output(path, option, inputs)
-        inputs += [path] if path and path != "-" else []
     return arguments
 
 
@@ -125,15 +120,19 @@ def _open(arguments: argparse.Namespace) -> tuple[Any, Any, int | None, str, dic
     from vir_hf.data import load_llava_dataset, load_recipe_rows
     from vir_hf.row_processor import load_recipe_processor, make_row_processor
 
+    written = [("--json", arguments.json), ("--html", arguments.html)]
     if is_recipe(arguments.target):
         from vir_hf.recipe import load_recipe
 
         recipe = load_recipe(arguments.target)
+        sources = recipe.data.sources or []
+        refuse_outputs(written, [path for path in (recipe.data.data_path, *(s.path for s in sources)) if path])
         recipe.data.streaming = False  # rows are chosen by number here
         rows = load_recipe_rows(recipe)
         lead = f"{' '.join(arguments.target)}: template {recipe.model.template}"
         return load_recipe_processor(recipe), rows, arguments.max_length or recipe.training.max_length, lead, {}
     path = arguments.target[0]
+    refuse_outputs(written, [path])
     if arguments.processor:
         from vir_hf.loading import load_processor
 
