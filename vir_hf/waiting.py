@@ -1,4 +1,4 @@
-"""How long the threads of a matrix product wait for each other with their cores held: shortly, so that a busy machine stays usable.
+"""How long threads that compute together wait for each other with their cores held: shortly, so that a busy machine stays usable.
 
 GNU OpenMP, which PyTorch computes with on a CPU, lets a thread that has nothing to do spin some 300,000 times before it
 gives its core back. On a quiet machine that is cheap. Beside other processes the spinning threads hold the cores that the
