@@ -147,8 +147,10 @@ def choose(recipe: Recipe, *, is_main: bool) -> ResumePoint | None:
 def _choose(recipe: Recipe) -> ResumePoint | None:
     wanted = recipe.training.resume
     output_dir = Path(recipe.training.output_dir)
+    # A weights file that was cut short is made anew, and what is left of it kept under another name.
+    damaged = checkpoints.damaged_weights(output_dir) if wanted == "auto" else None
     checkpoints.run_folder(output_dir).refuse_foreign(
-        checkpoints.OUTPUTS,
+        [name for name in checkpoints.OUTPUTS if name != damaged],
         f"training.output_dir={output_dir}",
         "Move it away, or name another training.output_dir.",
     )
@@ -168,7 +170,7 @@ def _choose(recipe: Recipe) -> ResumePoint | None:
                     f"training.resume=auto: no checkpoint in {output_dir} is whole ({passed_over[0].path.name}: "
                     f"{passed_over[0].reason}). Delete them to begin again, or name another training.output_dir."
                 )
-            if checkpoints.damaged_weights(output_dir) is None:  # else it is made anew
+            if damaged is None:  # else it is made anew
                 _refuse_to_replace(recipe, output_dir)
             logger.warning("training.resume=auto: no checkpoint in %s, beginning at the start", output_dir)
             return None
