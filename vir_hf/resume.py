@@ -148,8 +148,10 @@ def _choose(recipe: Recipe) -> ResumePoint | None:
     wanted = recipe.training.resume
     output_dir = Path(recipe.training.output_dir)
     # A weights file that was cut short is made anew, and what is left of it kept under another name.
-    damaged = checkpoints.damaged_weights(output_dir) if wanted == "auto" else None
-    checkpoints.run_folder(output_dir).refuse_foreign(
+    output = checkpoints.run_folder(output_dir)
+    was_finished = wanted == "auto" and output.owns(checkpoints.METRICS)
+    damaged = checkpoints.damaged_weights(output_dir) if was_finished else None
+    output.refuse_foreign(
         [name for name in checkpoints.OUTPUTS if name != damaged],
         f"training.output_dir={output_dir}",
         "Move it away, or name another training.output_dir.",
@@ -231,11 +233,13 @@ def is_finished(recipe: Recipe) -> dict[str, Any] | None:
     output_dir = Path(recipe.training.output_dir)
     try:
         metrics = checkpoints.read_metrics(output_dir)
+        if not metrics:
+            return None
         changes = recipe_changes(recipe, output_dir / "recipe.yaml")
     except (OSError, ValueError, RecipeError):
         return None
     is_same = not any(_kind_of(key, recipe) == "refused" or key in _LENGTH for key in changes)
-    if not metrics.get("is_finished") or not is_same:
+    if not is_same:
         return None
     damaged = checkpoints.damaged_weights(output_dir)
     if damaged is not None:
@@ -260,6 +264,8 @@ def recipe_changes(recipe: Recipe, saved: Path) -> dict[str, tuple[Any, Any]]:
         raise RecipeError(
             f"{saved}: the checkpoint's recipe cannot be read: {error}. Use another checkpoint."
         ) from error
+    if not isinstance(before, dict) or not all(isinstance(section or {}, dict) for section in before.values()):
+        raise RecipeError(f"{saved}: is no recipe that a run has saved. Use another checkpoint.")
     now = yaml.safe_load(recipe.to_yaml())
     changes: dict[str, tuple[Any, Any]] = {}
     for section in sorted(set(before) | set(now)):
