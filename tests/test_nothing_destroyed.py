@@ -370,7 +370,11 @@ def test_answers_are_added_to_answers_only(runs: Path) -> None:
 def test_the_base_of_an_adapter_is_put_beside_files_never_over_them(runs: Path, tiny_parts: Path) -> None:
     """`model.name_or_path` names an adapter, whose merge goes into `base/`; `model.adapter` links to the base of another run."""
     second = ("model.language_model=null", "model.vision_tower=null", "model.name_or_path=adapter")
-    third = ("model.adapter=adapter", f"model.language_model={tiny_parts / 'lm'}", f"model.vision_tower={tiny_parts / 'tower'}")
+    third = (
+        "model.adapter=adapter",
+        f"model.language_model={tiny_parts / 'lm'}",
+        f"model.vision_tower={tiny_parts / 'tower'}",
+    )
     for more in (second, third):
         put(runs / "out", "base/mine.txt")
         before = snapshot(runs)
@@ -383,8 +387,17 @@ def test_the_base_of_an_adapter_is_put_beside_files_never_over_them(runs: Path, 
         shutil.rmtree(runs / "out")
 
 
-@pytest.mark.parametrize("name", ["data/pretrain.json", "data/images/train_00001.png", "parts/vision_tower/config.json", "samples.png",
-                                  "pretrain/model.safetensors", "metrics.json"])  # fmt: skip
+OF_THE_QUICKSTART = (
+    "data/pretrain.json",
+    "data/images/train_00001.png",
+    "parts/vision_tower/config.json",
+    "samples.png",
+    "pretrain/model.safetensors",
+    "metrics.json",
+)
+
+
+@pytest.mark.parametrize("name", OF_THE_QUICKSTART)
 def test_the_quickstart_refuses_where_a_file_of_the_user_would_give_way(name: str, tmp_path: Path) -> None:
     from vir_hf.errors import RecipeError
     from vir_hf.quickstart.run import Size, run_quickstart
