@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
+from vir_hf.files import HTML_MARK
+
 _STYLE = """
 :root {
   color-scheme: light dark;
@@ -61,6 +63,7 @@ def page(title: str, lead: str, body: str, foot: str = "", style: str = "") -> s
     """Return a whole page; `body` is HTML, the rest is text."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f"{HTML_MARK}"
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{_STYLE}{style}</style></head><body><main>"
         f'<h1>{escape(title)}</h1><p class="lead">{escape(lead)}</p>{body}'
