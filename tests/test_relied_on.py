@@ -43,7 +43,7 @@ BEHAVIOUR = {
     "create_scheduler": "test_trainer.py::test_a_run_whose_every_step_warms_up_is_told_so",
     "evaluate": "test_trainer.py::test_evaluating_between_steps_changes_no_bit_of_training",
     "log": "test_trainer.py::test_a_line_of_the_log_says_tokens_speed_waiting_and_memory",
-    "train": "test_watch.py",
+    "train": "test_trainer.py::test_an_error_while_another_rank_is_gone_names_that_rank",
 }
 
 

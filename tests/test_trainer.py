@@ -17,7 +17,9 @@ from tiny_training import recipe_for, run
 from transformers import TrainerCallback
 
 from vir_hf import fused_head, sampling
+from vir_hf.errors import RunError
 from vir_hf.trainer import LlavaTrainer
+from vir_hf.watch import RankWatch
 
 FULL = {"lora": "none", "trainable.language_model": "full", "trainable.projector": "full"}
 
@@ -180,3 +182,16 @@ def test_the_steps_of_a_run_hold_the_rows_its_sampler_planned(
     assert [len(ids) for ids in seen] == [4, 4, 4]
     assert sorted(sum(seen, [])) == sorted(rows)
     assert recipe_for(tiny_parts, tmp_path).training.global_batch_size == 4
+
+
+@pytest.mark.parametrize("missing", [None, "rank 1 on host b: gone for 70 s"])
+def test_an_error_while_another_rank_is_gone_names_that_rank(
+    missing: str | None, tiny_parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("connection reset by peer")
+
+    monkeypatch.setattr(LlavaTrainer, "training_step", broken)
+    monkeypatch.setattr(RankWatch, "explain", lambda self: missing)
+    with pytest.raises(RunError if missing else RuntimeError, match=missing or "connection reset by peer"):
+        run(tiny_parts, tmp_path, **{"training.max_steps": 1})
