@@ -399,7 +399,7 @@ def keep_base(
             processor.save_pretrained(temporary)
         files.write_json(temporary / MADE_FROM, made_from(recipe))
         output.replace_folder(BASE_FOLDER, temporary)
-    model.name_or_path = model.config._name_or_path = str(folder.resolve())
+    model.name_or_path = model.config.name_or_path = str(folder.resolve())
 
 
 @contextlib.contextmanager
@@ -533,7 +533,7 @@ def processor_place(folder: Path, otherwise: str) -> str:
 
 
 def _name_of(part: str | PreTrainedModel, wanted: str) -> str:
-    name = part if isinstance(part, str) else part.config._name_or_path
+    name = part if isinstance(part, str) else part.config.name_or_path
     if not name:
         raise RecipeError(
             f"pass {wanted}=...: a model that was not loaded from a name does not say which one is its own."
@@ -542,7 +542,7 @@ def _name_of(part: str | PreTrainedModel, wanted: str) -> str:
 
 
 def _shown(part: str | PreTrainedModel) -> str:
-    return part if isinstance(part, str) else part.config._name_or_path or type(part).__name__
+    return part if isinstance(part, str) else part.config.name_or_path or type(part).__name__
 
 
 def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:

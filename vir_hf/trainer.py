@@ -422,8 +422,6 @@ class LlavaTrainer(SFTTrainer):
                 f"{output_dir / name}: could not be written: {type(error).__name__}: {error} "
                 f"{checkpoints.what_is_left(output_dir)} Make room or mend the disk, and add --resume."
             ) from error
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(output_dir / name))
 
     def save_final(self, dtype: torch.dtype | None = None) -> None:
         """Write model (or adapter), projector, processor and recipe into the output directory; every rank must ask.
