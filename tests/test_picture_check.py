@@ -10,7 +10,7 @@ import datasets
 import pytest
 from PIL import Image
 
-from vir_hf import picture_check
+from vir_hf import picture_check, row_cache
 from vir_hf.data import load_llava_dataset
 from vir_hf.errors import DataError
 from vir_hf.picture_check import leave_out_broken_pictures
@@ -29,7 +29,7 @@ def png(number: int) -> bytes:
 def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> datasets.Dataset:
     """Twelve rows over six pictures, of which 2 is cut and 4 is empty; row 11 shows 0 and 2, row 12 none."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(picture_check, "_ROWS_PER_BATCH", 5)
+    monkeypatch.setattr(row_cache, "_FIRST_ROWS", 5)
     for number in range(6):
         (tmp_path / f"{number}.png").write_bytes(b"" if number == 4 else png(number)[: 600 if number == 2 else None])
     turns = [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "!"}]

@@ -6,6 +6,7 @@ Rows are read in parts, each part in one process; pictures are looked at once ho
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import dataclasses
 import hashlib
@@ -15,7 +16,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from vir_hf.conversations import (
@@ -53,6 +54,7 @@ ERRORS = frozenset([*FATAL_KINDS, "nothing_supervised", *(k for k in REMEDIES if
 }
 _ROWS_PER_PART = 2_000
 _IMAGES_PER_TASK = 500
+_BYTES_PER_TASK = 2**20
 
 
 class Problem(NamedTuple):
@@ -212,6 +214,7 @@ class _Pool:
         if num_workers is None:
             num_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         _start(check)
+        self._num_workers = num_workers
         self._pool = None
         if num_workers > 1 and num_tasks > 1:
             # Forked processes share the tokenizer and the imports; where there is no fork they are sent and made anew.
@@ -222,6 +225,19 @@ class _Pool:
 
     def map(self, function: Callable[[Any], Any], tasks: Sequence[Any]) -> Iterator[Any]:
         return self._pool.map(function, tasks) if self._pool else map(function, tasks)
+
+    def stream(self, function: Callable[[Any], Any], tasks: Iterable[Any]) -> Iterator[Any]:
+        """`map` over tasks that are made as they are needed, a few ahead of what has been done."""
+        if self._pool is None:
+            yield from map(function, tasks)
+            return
+        running: collections.deque[concurrent.futures.Future[Any]] = collections.deque()
+        for task in tasks:
+            running.append(self._pool.submit(function, task))
+            if len(running) > 2 * self._num_workers:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
 
     def __enter__(self) -> _Pool:
         return self
@@ -366,18 +382,36 @@ def _check_images(
 
 
 def look_at_pictures(
-    sources: Sequence[str | dict[str, Any]],
+    sources: Iterable[str | dict[str, Any]],
+    num_sources: int,
     num_workers: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[ImageHeader | tuple[str, str]]:
-    """Return the header of each picture, or the kind and detail of what is wrong with it, found on all cores."""
-    tasks = [sources[start : start + _IMAGES_PER_TASK] for start in range(0, len(sources), _IMAGES_PER_TASK)]
-    found: list[ImageHeader | tuple[str, str]] = []
-    with _Pool(_Check(None), len(tasks), num_workers) as pool:
-        for done, outcomes in enumerate(pool.map(_look_at_all, tasks), 1):
-            found += outcomes
-            progress(done, len(tasks))
-    return found
+) -> Iterator[ImageHeader | tuple[str, str]]:
+    """Yield the header of each picture, or the kind and detail of what is wrong with it, found on all cores.
+
+    Sources are taken as they are needed, and of embedded pictures no more are held than the processes are busy with.
+
+    Args:
+        num_sources: about how many there are.
+    """
+    num_tasks = -(-num_sources // _IMAGES_PER_TASK)
+    with _Pool(_Check(None), num_tasks, num_workers) as pool:
+        for done, outcomes in enumerate(pool.stream(_look_at_all, _tasks(sources)), 1):
+            yield from outcomes
+            progress(min(done, num_tasks), num_tasks)
+
+
+def _tasks(sources: Iterable[str | dict[str, Any]]) -> Iterator[list[str | dict[str, Any]]]:
+    task: list[str | dict[str, Any]] = []
+    num_bytes = 0
+    for source in sources:
+        task.append(source)
+        num_bytes += len(source["bytes"]) if isinstance(source, dict) else 0
+        if len(task) == _IMAGES_PER_TASK or num_bytes > _BYTES_PER_TASK:
+            yield task
+            task, num_bytes = [], 0
+    if task:
+        yield task
 
 
 def _look_at_all(sources: Sequence[str | dict[str, Any]]) -> list[ImageHeader | tuple[str, str]]:
