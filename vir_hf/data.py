@@ -298,7 +298,9 @@ class _HubRows:
     def load(self, max_rows: int | None) -> tuple[datasets.Dataset, list[BadRow]]:
         dataset = self.dataset if max_rows is None else self.dataset.take(max_rows)
         name = fingerprint([], self.name, dataset._fingerprint, self.folder.identity if self.folder else None)
-        return _open_cache(name, lambda: (normalise_row(raw, self.folder, self.name, i) for i, raw in enumerate(dataset)))
+        return _open_cache(
+            name, lambda: (normalise_row(raw, self.folder, self.name, i) for i, raw in enumerate(dataset))
+        )
 
     def stream(self, policy: BadRowPolicy) -> datasets.IterableDataset:
         columns = self.dataset.column_names or list(next(iter(self.dataset)))

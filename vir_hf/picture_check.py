@@ -82,9 +82,7 @@ def _of_all_machines(faults: dict[int, Fault]) -> dict[int, Fault]:
     return {row: fault for part in reversed(found) for row, fault in part.items()}
 
 
-def _find_faults(
-    dataset: Dataset, num_workers: int | None, progress: Callable[[int, int], None]
-) -> dict[int, Fault]:
+def _find_faults(dataset: Dataset, num_workers: int | None, progress: Callable[[int, int], None]) -> dict[int, Fault]:
     """Return what is wrong with the first broken picture of every row that has one."""
     places: dict[str, str] = {}  # by identity, as one of the rows writes it
     has_embedded = False

@@ -24,8 +24,9 @@ from safetensors.torch import load_file, save_file
 from torch import distributed, nn
 
 from vir_hf import checkpoints
-from vir_hf.errors import RecipeError, RunError
-from vir_hf.identity import CONTENT, file_stamp, picture_identities
+from vir_hf.archives import open_archive
+from vir_hf.errors import DataError, RecipeError, RunError
+from vir_hf.identity import CONTENT, picture_identities
 from vir_hf.image_folder import split_place
 from vir_hf.row_cache import flat_batches
 
@@ -382,8 +383,13 @@ def _movable_name(identity: str | None, folders: dict[str, int]) -> str:
 def _picture_bytes(image: Any) -> int | None:
     if image.get("bytes") is not None:
         return len(image["bytes"])
-    stamp = file_stamp(image["path"])
-    return None if stamp is None else stamp[0]
+    try:
+        in_archive = split_place(image["path"])
+        if in_archive:
+            return open_archive(in_archive[0]).members[in_archive[1]].num_bytes
+        return os.path.getsize(image["path"])
+    except (DataError, KeyError, OSError, TypeError, ValueError):
+        return None
 
 
 def plan_fingerprint(sampler: StepSampler | StreamPlan) -> dict[str, Any]:
