@@ -349,24 +349,27 @@ def data_fingerprint(rows: Any) -> dict[str, Any]:
     """
     if not hasattr(rows, "__len__"):
         return {"num_rows": None, "rows": None, "pictures": []}
-    digest = hashlib.sha256()
+    num_rows, digest, pictures = len(rows), hashlib.sha256(), []
     folders: dict[str, int] = {}
-    for _, table in flat_batches(rows, ["id", "messages", "images"]):
+    for start, table in flat_batches(rows, ["id", "messages", "images"]):
         images = table.column("images").combine_chunks()
         names = iter([_movable_name(name, folders) for name in picture_identities(images).to_pylist()])
-        for row_id, messages, count in zip(
-            table.column("id").to_pylist(),
-            table.column("messages").to_pylist(),
-            pc.list_value_length(images).to_pylist(),
-            strict=True,
+        sizes = iter(pc.binary_length(images.flatten().field("bytes")).to_pylist())
+        places = iter(images.flatten().field("path").to_pylist())
+        for number, (row_id, messages, count) in enumerate(
+            zip(
+                table.column("id").to_pylist(),
+                table.column("messages").to_pylist(),
+                pc.list_value_length(images).to_pylist(),
+                strict=True,
+            ),
+            start,
         ):
-            row = [row_id, messages, list(islice(names, count or 0))]
+            row_names, row_sizes, row_places = (list(islice(part, count or 0)) for part in (names, sizes, places))
+            row = [row_id, messages, row_names]
             digest.update(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace"))
-    num_rows = len(rows)
-    pictures = []
-    for number in range(0, num_rows, max(1, num_rows // 64)):
-        for image in rows[number]["images"][:1]:
-            pictures.append([number, _picture_bytes(image)])
+            if row_names and number % max(1, num_rows // 64) == 0:
+                pictures.append([number, _file_bytes(row_places[0]) if row_sizes[0] is None else row_sizes[0]])
     return {"num_rows": num_rows, "rows": digest.hexdigest(), "pictures": pictures}
 
 
@@ -380,15 +383,13 @@ def _movable_name(identity: str | None, folders: dict[str, int]) -> str:
     return f"{folders.setdefault(holder, len(folders))}/{name}"
 
 
-def _picture_bytes(image: Any) -> int | None:
-    if image.get("bytes") is not None:
-        return len(image["bytes"])
+def _file_bytes(place: str | None) -> int | None:
     try:
-        in_archive = split_place(image["path"])
+        in_archive = split_place(place or "")
         if in_archive:
             return open_archive(in_archive[0]).members[in_archive[1]].num_bytes
-        return os.path.getsize(image["path"])
-    except (DataError, KeyError, OSError, TypeError, ValueError):
+        return os.path.getsize(place or "")
+    except (DataError, KeyError, OSError, ValueError):
         return None
 
 

@@ -33,10 +33,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _ROWS_PER_BATCH = 2_000
-_BYTES_PER_BATCH = 64 * 2**20
+_BYTES_PER_BATCH = 16 * 2**20
 _FIRST_ROWS = 16
 _BYTES_READ_AT_ONCE = 4 * 2**20
-_BYTES_MAPPED_AT_ONCE = 32 * 2**20
+_BYTES_MAPPED_AT_ONCE = 16 * 2**20
 _CODE = ("conversations.py", "image_folder.py", "row_cache.py", "row_files.py", "rows.py")
 
 ROW_SCHEMA = pa.schema(
@@ -173,7 +173,9 @@ def flat_batches(rows: Dataset, columns: list[str]) -> Iterator[tuple[int, pa.Ta
     mapped anew whenever enough of it has been.
     """
     view = rows.select_columns(columns).with_format("arrow")
-    is_mapped = bool(rows.cache_files)
+    num_file_bytes = sum(os.path.getsize(file["filename"]) for file in rows.cache_files)
+    # Mapping a large file takes long: that is done some hundred times at most.
+    most_mapped = max(_BYTES_MAPPED_AT_ONCE, num_file_bytes // 512)
     start, num_rows, num_mapped = 0, _FIRST_ROWS, 0
     while start < len(rows):
         table = view[start : start + num_rows]
@@ -185,7 +187,7 @@ def flat_batches(rows: Dataset, columns: list[str]) -> Iterator[tuple[int, pa.Ta
             num_rows = max(1, num_rows // 2)
         elif 2 * num_bytes < _BYTES_READ_AT_ONCE:
             num_rows = min(2 * num_rows, 10_000)
-        if is_mapped and num_mapped > _BYTES_MAPPED_AT_ONCE:
+        if num_file_bytes and num_mapped > most_mapped:
             view, num_mapped = pickle.loads(pickle.dumps(view)), 0
 
 
