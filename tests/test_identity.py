@@ -132,7 +132,9 @@ def test_a_column_is_named_as_its_pictures_are_one_by_one(data: st.DataObject, s
 
 
 def test_a_column_names_no_picture_that_has_neither_content_nor_place() -> None:
-    column = pa.array([[{"bytes": None, "path": None}, {"bytes": None, "path": ""}], [{"bytes": b"", "path": None}]], IMAGES)
+    column = pa.array(
+        [[{"bytes": None, "path": None}, {"bytes": None, "path": ""}], [{"bytes": b"", "path": None}]], IMAGES
+    )
     assert picture_identities(column).to_pylist() == [None, None, picture_identity(b"")]
 
 

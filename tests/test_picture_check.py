@@ -162,7 +162,8 @@ def test_memory_of_what_was_found_that_is_damaged_is_not_believed(dataset, tmp_p
 def embedded_rows(path: Path, pictures: list[bytes], name: str | None = "0001.png") -> datasets.Dataset:
     turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "!"}]
     rows = [
-        {"id": str(n), "image": {"bytes": data, "path": name}, "conversations": turns} for n, data in enumerate(pictures)
+        {"id": str(n), "image": {"bytes": data, "path": name}, "conversations": turns}
+        for n, data in enumerate(pictures)
     ]
     datasets.Dataset.from_list(rows).to_parquet(path)
     return load_llava_dataset(path, decode_images=False)
@@ -224,7 +225,9 @@ def test_memory_does_not_grow_with_embedded_pictures(tmp_path: Path, dataset):
     for count in (100, 1000):
         path = tmp_path / f"{count}.parquet"
         schema = pa.schema({"id": pa.string(), "image": pa.struct({"bytes": pa.binary(), "path": pa.string()})})
-        schema = schema.append(pa.field("conversations", pa.list_(pa.struct({"from": pa.string(), "value": pa.string()}))))
+        schema = schema.append(
+            pa.field("conversations", pa.list_(pa.struct({"from": pa.string(), "value": pa.string()})))
+        )
         with pq.ParquetWriter(path, schema) as writer:
             for start in range(0, count, 50):
                 rows = [

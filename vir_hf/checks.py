@@ -16,7 +16,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from vir_hf.conversations import (
@@ -29,6 +29,7 @@ from vir_hf.conversations import (
     sound_messages,
 )
 from vir_hf.errors import DataError, ImageError, RecipeError
+from vir_hf.identity import picture_identity
 from vir_hf.image_folder import ImageFolder
 from vir_hf.images import ImageHeader, is_misnamed, open_image, read_image_header
 from vir_hf.row_files import RowRange, find_data_files, read_rows, split_rows
@@ -136,6 +137,13 @@ _FOLDERS: dict[str, ImageFolder] = {}
 _CHECK = _Check(None)
 
 
+class _Embedded(NamedTuple):
+    """A picture that came with its row: which one it is, and its header, or kind and detail of what is wrong with it."""
+
+    identity: Hashable
+    outcome: ImageHeader | tuple[str, str]
+
+
 @dataclasses.dataclass
 class _PartResult:
     """What one process found in one part of a file; row numbers are those of the file."""
@@ -144,7 +152,7 @@ class _PartResult:
     num_rows: int = 0
     problems: list[Problem] = dataclasses.field(default_factory=list)
     keys: list[tuple[int, str, bytes]] = dataclasses.field(default_factory=list)  # row, id or "", digest of the rest
-    references: list[tuple[int, str, str | ImageHeader | tuple[str, str]]] = dataclasses.field(default_factory=list)
+    references: list[tuple[int, str, str | _Embedded]] = dataclasses.field(default_factory=list)
     lengths: list[int] = dataclasses.field(default_factory=list)
     supervised: list[int] = dataclasses.field(default_factory=list)
     images_per_row: list[int] = dataclasses.field(default_factory=list)
@@ -309,13 +317,15 @@ def _too_long(row: dict[str, Any], num_tokens: int, max_length: int) -> tuple[st
     return "too_long", f"{num_tokens} tokens, {max_length} allowed: the last {lost} are cut off"
 
 
-def _reference(image: Any) -> str | ImageHeader | tuple[str, str]:
-    """Return a file's name as it is; of embedded bytes the header, or the kind and detail of what is wrong."""
+def _reference(image: Any) -> str | _Embedded:
+    """Return a file's name as it is; of an embedded picture which one it is and what it looks like."""
     if isinstance(image, dict) and image.get("bytes") is not None:
-        return _look_at({"bytes": image["bytes"], "path": image.get("path")})
+        return _Embedded(picture_identity(image), _look_at({"bytes": image["bytes"], "path": image.get("path")}))
     if isinstance(image, dict):
         image = image.get("path")
-    return image if isinstance(image, str) else ("image_missing", f"image {image!r}: expected a file name")
+    if isinstance(image, str):
+        return image
+    return _Embedded(picture_identity(image), ("image_missing", f"image {image!r}: expected a file name"))
 
 
 def _digest(raw: Any) -> bytes:
@@ -362,9 +372,10 @@ def _check_images(
                 # The same reference below another data file's folder is another picture.
                 users.setdefault(("" if report.image_folder else result.file, reference), []).append(user)
             else:  # embedded in its row, and looked at there
-                key = ("embedded", len(users))
-                users[key] = [user]
-                looked.append((key, [reference]))
+                key = ("embedded", reference.identity)
+                if key not in users:
+                    looked.append((key, [reference.outcome]))
+                users.setdefault(key, []).append(user)
     named = [key for key in users if key[0] != "embedded"]
     tasks = [named[start : start + _IMAGES_PER_TASK] for start in range(0, len(named), _IMAGES_PER_TASK)]
     outcomes = pool.map(_look_at_files, [[(users[key][0][0], key[1]) for key in task] for task in tasks])
