@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from vir_hf.errors import DataError, RecipeError
-from vir_hf.identity import file_stamp, picture_identities, picture_identity
+from vir_hf.identity import Folders, file_stamp, picture_identities, picture_identity
 from vir_hf.images import read_image_bytes
 from vir_hf.preprocessing import ImagePreprocessor
 from vir_hf.row_cache import flat_batches, replace_file
@@ -348,9 +348,10 @@ def distinct_pictures(rows: Any) -> Sequence[Any]:
                 found.setdefault(picture_identity(source), source)
         return list(found.values())
     places: dict[str, tuple[int, int]] = {}
+    folders = Folders()
     for start, table in flat_batches(rows, ["images"]):
         images = table.column("images").combine_chunks()
-        identities = iter(picture_identities(images).to_pylist())
+        identities = iter(picture_identities(images, folders).to_pylist())
         for row, count in enumerate(pc.list_value_length(images).to_pylist(), start):
             for index in range(count or 0):
                 places.setdefault(next(identities), (row, index))

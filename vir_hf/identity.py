@@ -8,6 +8,7 @@ whole columns.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import sys
@@ -24,6 +25,7 @@ from vir_hf.image_folder import is_url, split_place
 
 CONTENT = "bytes:"  # what the identity of undecoded content begins with; a place never does
 _ORIENTATION = 0x0112
+_ASKED_BEFORE_LISTED = 64
 _MAX_PATH = 4096  # characters; a longer text is no place but content
 
 
@@ -71,20 +73,47 @@ def picture_identity(source: Any) -> Hashable:
     return Itself(source)
 
 
-def picture_identities(images: pa.Array | pa.ChunkedArray) -> pa.Array:
-    """Return `picture_identity` of every picture of a column of lists of `{"bytes", "path"}`, flattened; null for neither."""
+class Folders:
+    """What folders lead to, for the length of one pass over a data set: followed once, and listed where many files are asked for."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[str, list[int], set[str]]] = {}
+
+    def real_path(self, path: str) -> str:
+        """Return `os.path.realpath` of a path."""
+        folder, separator, name = path.rpartition(os.sep)
+        if not separator or name in ("", os.curdir, os.pardir):
+            return os.path.realpath(path)
+        if folder not in self._known:
+            self._known[folder] = (os.path.realpath(folder or os.sep), [0], set())
+        real, num_asked, links = self._known[folder]
+        num_asked[0] += 1
+        if num_asked[0] == _ASKED_BEFORE_LISTED:
+            with contextlib.suppress(OSError), os.scandir(real) as entries:
+                links |= {entry.name for entry in entries if entry.is_symlink()}
+        place = path if real == folder else os.path.join(real, name)
+        is_link = name in links if num_asked[0] >= _ASKED_BEFORE_LISTED else os.path.islink(place)
+        return os.path.realpath(place) if is_link else place
+
+
+def picture_identities(images: pa.Array | pa.ChunkedArray, folders: Folders | None = None) -> pa.Array:
+    """Return `picture_identity` of every picture of a column of lists of `{"bytes", "path"}`, flattened; null for neither.
+
+    Args:
+        folders: one for all parts of a data set, which spares following its folders again for each.
+    """
     pictures = _as_array(images).flatten()
     places, contents = pictures.field("path"), pictures.field("bytes")
     if contents.null_count == len(contents):
-        return place_identities(places)
+        return place_identities(places, folders)
     digests = [CONTENT + _digest(content.as_buffer()) if content.is_valid else None for content in contents]
-    return pc.coalesce(pa.array(digests, pa.string()), place_identities(places))
+    return pc.coalesce(pa.array(digests, pa.string()), place_identities(places, folders))
 
 
-def place_identities(places: pa.Array) -> pa.Array:
-    """Return `picture_identity` of every place of a column; each distinct one is followed once, each folder once."""
+def place_identities(places: pa.Array, folders: Folders | None = None) -> pa.Array:
+    """Return `picture_identity` of every place of a column; each distinct one is followed once."""
     encoded = places.dictionary_encode()
-    folders: dict[str, str] = {}
+    folders = folders or Folders()
     names = [_identity_of_place(place, folders) if place else None for place in encoded.dictionary.to_pylist()]
     return pa.array(names, pa.string()).take(encoded.indices)
 
@@ -118,32 +147,22 @@ def _digest(content: Any, *about: object) -> str:
     return digest.hexdigest()
 
 
-def _identity_of_place(place: str, folders: dict[str, str] | None = None) -> str:
-    """Return the real path; `folders` remembers those that were followed, for the length of one pass."""
-    try:
-        in_archive = split_place(place)
-    except ImageError:
-        return place
-    if in_archive:
-        return f"{place[:6]}{in_archive[1]}::{_real_path(in_archive[0], folders)}"
-    if is_url(place):
-        return place
-    if place.startswith("data:") or len(place) > _MAX_PATH:
+def _identity_of_place(place: str, folders: Folders | None = None) -> str:
+    in_archive = None
+    if "://" in place:
+        try:
+            in_archive = split_place(place)
+        except ImageError:
+            return place
+        if not in_archive and is_url(place):
+            return place
+    elif place.startswith("data:") or len(place) > _MAX_PATH:
         return "text:" + _digest(place.encode("utf-8", "surrogatepass"))
-    return _real_path(place, folders)
-
-
-def _real_path(path: str, folders: dict[str, str] | None) -> str:
     try:
-        directory, name = os.path.split(path)
-        if folders is None or name in ("", os.curdir, os.pardir):
-            return os.path.realpath(path)
-        if directory not in folders:
-            folders[directory] = os.path.realpath(directory)
-        path = os.path.join(folders[directory], name)
-        return os.path.realpath(path) if os.path.islink(path) else path
+        real = (folders.real_path if folders else os.path.realpath)(in_archive[0] if in_archive else place)
     except (OSError, ValueError):  # no path: a zero byte, half a character
-        return path
+        return place
+    return f"{place[:6]}{in_archive[1]}::{real}" if in_archive else real
 
 
 def _identity_of_image(image: Image.Image) -> Hashable:

@@ -22,7 +22,7 @@ from torch import distributed
 
 import vir_hf
 from vir_hf.checks import look_at_pictures
-from vir_hf.identity import file_stamp, picture_identity, place_identities
+from vir_hf.identity import Folders, file_stamp, picture_identity, place_identities
 from vir_hf.images import ImageHeader
 from vir_hf.row_cache import cache_folder, flat_batches, replace_file
 from vir_hf.rows import BadRow, BadRowPolicy
@@ -84,13 +84,14 @@ def _of_all_machines(faults: dict[int, Fault]) -> dict[int, Fault]:
 
 def _find_faults(dataset: Dataset, num_workers: int | None, progress: Callable[[int, int], None]) -> dict[int, Fault]:
     """Return what is wrong with the first broken picture of every row that has one."""
+    folders = Folders()
     places: dict[str, str] = {}  # by identity, as one of the rows writes it
     has_embedded = False
     for _, images in _batches(dataset):
         _, named = _named(images)
         contents = images.flatten().field("bytes")
         has_embedded |= contents.null_count < len(contents)
-        for identity, place in zip(place_identities(named).to_pylist(), named.to_pylist(), strict=True):
+        for identity, place in zip(place_identities(named, folders).to_pylist(), named.to_pylist(), strict=True):
             places.setdefault(identity, place)
     broken = _look_at_places(places, num_workers, progress)
     faults: dict[int, Fault] = {}
@@ -98,7 +99,7 @@ def _find_faults(dataset: Dataset, num_workers: int | None, progress: Callable[[
         for start, images in _batches(dataset):
             is_place, named = _named(images)
             rows = pc.list_parent_indices(images).filter(is_place)
-            identities = place_identities(named)
+            identities = place_identities(named, folders)
             is_broken = pc.is_in(identities, value_set=pa.array(list(broken), pa.string()))
             for row, identity in zip(
                 rows.filter(is_broken).to_pylist(), identities.filter(is_broken).to_pylist(), strict=True

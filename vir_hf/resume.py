@@ -26,7 +26,7 @@ from torch import distributed, nn
 from vir_hf import checkpoints
 from vir_hf.archives import open_archive
 from vir_hf.errors import DataError, RecipeError, RunError
-from vir_hf.identity import CONTENT, picture_identities
+from vir_hf.identity import CONTENT, Folders, picture_identities
 from vir_hf.image_folder import split_place
 from vir_hf.row_cache import flat_batches
 
@@ -350,10 +350,11 @@ def data_fingerprint(rows: Any) -> dict[str, Any]:
     if not hasattr(rows, "__len__"):
         return {"num_rows": None, "rows": None, "pictures": []}
     num_rows, digest, pictures = len(rows), hashlib.sha256(), []
-    folders: dict[str, int] = {}
+    holders: dict[str, int] = {}
+    folders = Folders()
     for start, table in flat_batches(rows, ["id", "messages", "images"]):
         images = table.column("images").combine_chunks()
-        names = iter([_movable_name(name, folders) for name in picture_identities(images).to_pylist()])
+        names = iter([_movable_name(name, holders) for name in picture_identities(images, folders).to_pylist()])
         sizes = iter(pc.binary_length(images.flatten().field("bytes")).to_pylist())
         places = iter(images.flatten().field("path").to_pylist())
         for number, (row_id, messages, count) in enumerate(
@@ -373,14 +374,14 @@ def data_fingerprint(rows: Any) -> dict[str, Any]:
     return {"num_rows": num_rows, "rows": digest.hexdigest(), "pictures": pictures}
 
 
-def _movable_name(identity: str | None, folders: dict[str, int]) -> str:
+def _movable_name(identity: str | None, holders: dict[str, int]) -> str:
     """Return an identity without where its folder or archive lies: the how manieth of those the rows name it is."""
     if identity is None or identity.startswith(CONTENT):
         return str(identity)
     in_archive = split_place(identity)
     folder, name = os.path.split(in_archive[1] if in_archive else identity)
     holder = f"{in_archive[0]}::{folder}" if in_archive else folder
-    return f"{folders.setdefault(holder, len(folders))}/{name}"
+    return f"{holders.setdefault(holder, len(holders))}/{name}"
 
 
 def _file_bytes(place: str | None) -> int | None:
