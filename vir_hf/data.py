@@ -14,10 +14,11 @@ import datasets
 import numpy as np
 from huggingface_hub import hf_hub_download, snapshot_download
 
+from vir_hf import files
 from vir_hf.errors import DataError, ImageError, RecipeError
 from vir_hf.image_folder import ImageFolder
 from vir_hf.images import open_image
-from vir_hf.row_cache import cache_folder, cached_rows, fingerprint, replace_file
+from vir_hf.row_cache import cache_folder, cached_rows, fingerprint
 from vir_hf.row_files import DATA_SUFFIXES, RowRange, find_data_files, read_rows, split_rows
 from vir_hf.rows import BadRow, BadRowPolicy, normalise_row
 
@@ -257,7 +258,7 @@ def _parts_of(file: str, max_parts: int) -> list[RowRange]:
         return [RowRange(*part) for part in json.loads(path.read_text(encoding="utf-8"))]
     except (OSError, ValueError, TypeError):
         parts = split_rows(file, max_parts)
-        replace_file(path, json.dumps(parts).encode())
+        files.write_text(path, json.dumps(parts))
         return parts
 
 

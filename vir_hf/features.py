@@ -28,11 +28,12 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from vir_hf import files
 from vir_hf.errors import DataError, RecipeError
 from vir_hf.identity import Folders, file_stamp, picture_identities, picture_identity
 from vir_hf.images import read_image_bytes
 from vir_hf.preprocessing import ImagePreprocessor
-from vir_hf.row_cache import flat_batches, replace_file
+from vir_hf.row_cache import flat_batches
 
 if TYPE_CHECKING:
     from vir_hf.llava.modeling_llava import LlavaModel
@@ -157,7 +158,7 @@ class FeatureCache:
         del self._entries[digest]
         index = self.folder / f"{entry.shard}.index"
         lines = [line for line in index.read_bytes().splitlines(keepends=True) if line.split()[:1] != [digest.encode()]]
-        replace_file(index, b"".join(lines))
+        files.write_bytes(index, b"".join(lines))
         self._read_until[index.name] = index.stat().st_size
         return False
 
@@ -239,9 +240,7 @@ class FeatureCache:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            temporary = path.with_name(f"cache.json.{uuid.uuid4().hex}")
-            temporary.write_text(json.dumps(self.identity, indent=2), encoding="utf-8")
-            os.replace(temporary, path)
+            files.write_text(path, json.dumps(self.identity, indent=2))
             return
         except ValueError as error:
             raise RecipeError(

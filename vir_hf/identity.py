@@ -74,7 +74,7 @@ def picture_identity(source: Any) -> Hashable:
 
 
 class Folders:
-    """What folders lead to, for the length of one pass over a data set: followed once, and listed where many files are asked for."""
+    """Where folders lead, for one pass over a data set: each is followed once, and listed if it is asked about often."""
 
     def __init__(self) -> None:
         self._known: dict[str, tuple[str, list[int], set[str]]] = {}

@@ -21,10 +21,11 @@ from filelock import FileLock
 from torch import distributed
 
 import vir_hf
+from vir_hf import files
 from vir_hf.checks import look_at_pictures
 from vir_hf.identity import Folders, file_stamp, picture_identity, place_identities
 from vir_hf.images import ImageHeader
-from vir_hf.row_cache import cache_folder, flat_batches, replace_file
+from vir_hf.row_cache import cache_folder, flat_batches
 from vir_hf.rows import BadRow, BadRowPolicy
 
 if TYPE_CHECKING:
@@ -180,7 +181,7 @@ def _remember(path: Path, identities: list[str], stamps: np.ndarray, faults: dic
     )
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
-    replace_file(path, buffer.getvalue())
+    files.write_bytes(path, buffer.getvalue())
 
 
 def _look_at_embedded(
@@ -215,5 +216,5 @@ def _look_at_embedded(
         for number, users in enumerate(rows_of.values() if broken else ()):
             if number in broken:
                 faults |= {row: broken[number] for row in users if row not in faults}
-        replace_file(path, json.dumps(faults).encode())
+        files.write_text(path, json.dumps(faults))
     return faults

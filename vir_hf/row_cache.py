@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 from filelock import FileLock
 
+from vir_hf import files
 from vir_hf.identity import file_stamp
 from vir_hf.image_folder import is_url, split_place
 from vir_hf.rows import BadRow
@@ -151,19 +152,7 @@ def _write_report(path: Path, bad_rows: list[BadRow], places: Iterable[str], sta
     # What changed while its pictures were being found is looked through again the next time; file systems round times.
     stamps = {place: stamp if stamp and stamp[1] < started - 10**7 else None for place, stamp in stamps.items()}
     report = {"bad_rows": [dataclasses.asdict(bad) for bad in bad_rows], "stamps": stamps}
-    replace_file(path.with_suffix(".json"), json.dumps(report).encode())
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file of the cache whole or not at all, under a name that no other process or machine has."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".incomplete")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    files.write_text(path.with_suffix(".json"), json.dumps(report))
 
 
 def flat_batches(rows: Dataset, columns: list[str]) -> Iterator[tuple[int, pa.Table]]:
@@ -195,21 +184,17 @@ def _write(path: Path, rows: Iterable[dict[str, Any] | BadRow]) -> list[BadRow]:
     bad_rows: list[BadRow] = []
     places: dict[str, None] = {}
     started = time.time_ns()
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".incomplete")
-    os.close(handle)
     was_collecting = gc.isenabled()
     gc.disable()  # rows are trees, freed at once; looking for cycles in them takes a third of the time
     try:
-        with pa.OSFile(temporary, "wb") as sink, pa.ipc.new_stream(sink, ROW_SCHEMA) as writer:
-            for batch in _batches(rows, bad_rows):
-                writer.write_batch(to_record_batch(batch))
-                places.update(dict.fromkeys(_holder(image) for row in batch for image in row["images"]))
-        os.replace(temporary, path)
+        with files.writing(path) as temporary:
+            with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, ROW_SCHEMA) as writer:
+                for batch in _batches(rows, bad_rows):
+                    writer.write_batch(to_record_batch(batch))
+                    places.update(dict.fromkeys(_holder(image) for row in batch for image in row["images"]))
     finally:
         if was_collecting:
             gc.enable()
-        if os.path.exists(temporary):
-            os.unlink(temporary)
     # Written last: its presence says that the Arrow file is complete.
     _write_report(path, bad_rows, filter(None, places), started)
     return bad_rows
