@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from torch.utils.data import default_collate
 
 from vir_hf.conversations import encode_row
 from vir_hf.errors import DataError
+from vir_hf.identity import picture_identity
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ class LlavaDataCollator:
         num_images = encoding["input_ids"].count(self.processor.image_token_id) // self.processor.num_image_tokens
         indices = []
         for source in sources[:num_images]:  # truncation removes whole turns, and their pictures, from the end
-            key = picture_key(source)
+            key = picture_identity(source)
             index = next((i for i, picture in enumerate(pictures) if picture.key == key), None)
             if index is None:
                 index = len(pictures)
@@ -230,17 +230,6 @@ class LlavaDataCollator:
         if images:
             batch["image_indices"] = torch.tensor(images)
         return batch
-
-
-def picture_key(source: Any) -> Any:
-    """What two references to the same picture have in common: path, bytes, or the pixels of an opened image."""
-    if isinstance(source, Mapping):
-        return source.get("path") or source.get("bytes")
-    if isinstance(source, (str, bytes)):
-        return source
-    if hasattr(source, "tobytes"):
-        return (source.size, source.mode, hashlib.blake2b(source.tobytes()).digest())
-    return id(source)
 
 
 def shareable_length(row: _Row) -> int:

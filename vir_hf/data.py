@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -18,7 +18,7 @@ from vir_hf import files
 from vir_hf.errors import DataError, ImageError, RecipeError
 from vir_hf.image_folder import ImageFolder
 from vir_hf.images import open_image
-from vir_hf.row_cache import cache_folder, cached_rows, fingerprint, read_bad_rows
+from vir_hf.row_cache import cache_folder, cached_rows, fingerprint
 from vir_hf.row_files import DATA_SUFFIXES, RowRange, find_data_files, read_rows, split_rows
 from vir_hf.rows import BadRow, BadRowPolicy, normalise_row
 
@@ -221,10 +221,7 @@ class _FileRows:
         for folder in self.folders:
             folder.open()
         name = fingerprint(self.files, [folder.identity for folder in self.folders], max_rows)
-        cached = cache_folder() / f"rows-{name}.arrow"
-        if any(self._has_arrived(bad) for bad in read_bad_rows(cached) or []):
-            files.discard(cached.with_suffix(".json"))  # a picture that was missing is there now: read the rows again
-        return _open_cache(name, self._rows(max_rows))
+        return _open_cache(name, lambda: self._rows(max_rows), self._has_arrived)
 
     def _rows(self, max_rows: int | None) -> Iterator[dict[str, Any] | BadRow]:
         num_rows = 0
@@ -302,7 +299,9 @@ class _HubRows:
     def load(self, max_rows: int | None) -> tuple[datasets.Dataset, list[BadRow]]:
         dataset = self.dataset if max_rows is None else self.dataset.take(max_rows)
         name = fingerprint([], self.name, dataset._fingerprint, self.folder.identity if self.folder else None)
-        return _open_cache(name, (normalise_row(raw, self.folder, self.name, i) for i, raw in enumerate(dataset)))
+        return _open_cache(
+            name, lambda: (normalise_row(raw, self.folder, self.name, i) for i, raw in enumerate(dataset))
+        )
 
     def stream(self, policy: BadRowPolicy) -> datasets.IterableDataset:
         columns = self.dataset.column_names or list(next(iter(self.dataset)))
@@ -330,8 +329,12 @@ def _without_decoding(dataset: Any) -> Any:
     return dataset
 
 
-def _open_cache(name: str, rows: Iterator[dict[str, Any] | BadRow]) -> tuple[datasets.Dataset, list[BadRow]]:
-    path, bad_rows = cached_rows(name, rows)
+def _open_cache(
+    name: str,
+    rows: Callable[[], Iterator[dict[str, Any] | BadRow]],
+    has_arrived: Callable[[BadRow], bool] = lambda bad: False,
+) -> tuple[datasets.Dataset, list[BadRow]]:
+    path, bad_rows = cached_rows(name, rows, has_arrived)
     return datasets.Dataset.from_file(str(path), info=datasets.DatasetInfo(features=ROW_FEATURES)), bad_rows
 
 
