@@ -24,10 +24,9 @@ from vir_hf.conversations import (
     PROBLEM_KINDS,
     encode_messages,
     encode_row,
-    row_problems,
-    sound_messages,
+    examine,
 )
-from vir_hf.errors import DataError, ImageError, RecipeError
+from vir_hf.errors import DataError, ImageError, RecipeError, clipped, shown
 from vir_hf.image_folder import ImageFolder
 from vir_hf.images import ImageHeader, is_misnamed, open_image, read_image_header
 from vir_hf.row_files import RowRange, find_data_files, read_rows, split_rows
@@ -249,12 +248,13 @@ def _check_part(task: tuple[str, RowRange]) -> _PartResult:
 def _check_row(raw: Any, number: int, result: _PartResult) -> None:
     written_id = raw.get("id") if isinstance(raw, dict) else None
     row_id = "" if written_id is None else _printable(str(written_id))
-    problems = list(row_problems(raw))
+    problems, row = examine(raw)
     result.keys.append((number, row_id, _digest(raw)))
-    if not any(kind in FATAL_KINDS for kind, _ in problems):
-        problems += _check_content(sound_messages(raw), number, row_id, result)
+    if row is not None:
+        problems += _check_content(row, number, clipped(row_id, 80), result)
     result.problems += [
-        Problem(result.file, number, row_id, kind, _printable(detail)) for kind, detail in dict.fromkeys(problems)
+        Problem(result.file, number, clipped(row_id, 80), kind, clipped(_printable(detail)))
+        for kind, detail in dict.fromkeys(problems)
     ]
 
 
@@ -299,7 +299,7 @@ def _reference(image: Any) -> str | ImageHeader | tuple[str, str]:
         return _look_at({"bytes": image["bytes"], "path": image.get("path")})
     if isinstance(image, dict):
         image = image.get("path")
-    return image if isinstance(image, str) else ("image_missing", f"image {image!r}: expected a file name")
+    return image if isinstance(image, str) else ("image_missing", f"image {shown(image)}: expected a file name")
 
 
 def _digest(raw: Any) -> bytes:
@@ -322,11 +322,11 @@ def _merge_rows(report: CheckReport, results: Sequence[_PartResult]) -> None:
             first = digests.setdefault(digest, place)
             if first != place:
                 detail = f"the same as {_place(first, result.file)}"
-                report.problems.append(Problem(result.file, row, row_id, "duplicate_row", detail))
+                report.problems.append(Problem(result.file, row, clipped(row_id, 80), "duplicate_row", detail))
             same_id = ids.setdefault(row_id, place) if row_id else place
             if same_id != place and first == place:
                 detail = f"{_place(same_id, result.file)} has this id too"
-                report.problems.append(Problem(result.file, row, row_id, "duplicate_id", detail))
+                report.problems.append(Problem(result.file, row, clipped(row_id, 80), "duplicate_id", detail))
 
 
 def _place(place: tuple[str, int], file: str) -> str:

@@ -1,7 +1,7 @@
 """Rows written once as an Arrow file and mapped into memory ever after: flat memory, and a second start in seconds.
 
 A cache file is named by what it was made from (the data files' size and time, the image folder, this code), so that a
-changed file is read anew. Beside it lies a `.json` with the rows that could not be used.
+changed file is read anew. Beside it lies a `.json` with the rows that could not be used and the keys that nothing read.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 _ROWS_PER_BATCH = 2_000
 _BYTES_PER_BATCH = 64 * 2**20
-_CODE = ("conversations.py", "image_folder.py", "row_cache.py", "row_files.py", "rows.py")
+_CODE = ("conversations.py", "image_folder.py", "row_cache.py", "row_files.py", "row_keys.py", "rows.py")
 
 ROW_SCHEMA = pa.schema(
     [
@@ -38,6 +39,7 @@ ROW_SCHEMA = pa.schema(
                     [
                         ("role", pa.string()),
                         ("content", pa.list_(pa.struct([("type", pa.string()), ("text", pa.string())]))),
+                        ("supervised", pa.bool_()),
                     ]
                 )
             ),
@@ -77,25 +79,32 @@ def fingerprint(files: list[str], *others: object) -> str:
     return digest.hexdigest()[:24]
 
 
-def cached_rows(name: str, rows: Iterable[dict[str, Any] | BadRow]) -> tuple[Path, list[BadRow]]:
-    """Return the Arrow file called `name` and its bad rows, written from `rows` when it is not there yet."""
+def cached_rows(
+    name: str, rows: Iterable[dict[str, Any] | BadRow], unread: Counter[str]
+) -> tuple[Path, list[BadRow], Counter[str]]:
+    """Return the Arrow file called `name`, its bad rows and its unread keys, written from `rows` when it is not there yet.
+
+    Args:
+        unread: what counts, while `rows` are made, their keys that nothing reads (see `normalise_row`).
+    """
     path = cache_folder() / f"rows-{name}.arrow"
     with FileLock(f"{path}.lock"):  # other ranks wait for the first instead of doing the same work
-        bad_rows = read_bad_rows(path)
-        if bad_rows is None:
-            bad_rows = _write(path, rows)
-    return path, bad_rows
+        known = read_left_out(path)
+        if known is None:
+            known = _write(path, rows, unread), unread
+    return path, *known
 
 
-def read_bad_rows(path: Path) -> list[BadRow] | None:
-    """Return the rows that a complete cache file left out, or None when there is no complete cache file."""
+def read_left_out(path: Path) -> tuple[list[BadRow], Counter[str]] | None:
+    """Return the rows and keys that a complete cache file left out, or None when there is no complete cache file."""
     try:
-        return [BadRow(**entry) for entry in json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))]
-    except (OSError, ValueError, TypeError):
+        report = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        return [BadRow(**entry) for entry in report["bad_rows"]], Counter(report["unread"])
+    except (OSError, ValueError, TypeError, KeyError):
         return None
 
 
-def _write(path: Path, rows: Iterable[dict[str, Any] | BadRow]) -> list[BadRow]:
+def _write(path: Path, rows: Iterable[dict[str, Any] | BadRow], unread: Counter[str]) -> list[BadRow]:
     bad_rows: list[BadRow] = []
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".incomplete")
     os.close(handle)
@@ -113,7 +122,8 @@ def _write(path: Path, rows: Iterable[dict[str, Any] | BadRow]) -> list[BadRow]:
             os.unlink(temporary)
     # Written last: its presence says that the Arrow file is complete.
     report = Path(f"{temporary}.json")
-    report.write_text(json.dumps([dataclasses.asdict(bad) for bad in bad_rows]), encoding="utf-8")
+    left_out = {"bad_rows": [dataclasses.asdict(bad) for bad in bad_rows], "unread": unread}
+    report.write_text(json.dumps(left_out), encoding="utf-8")
     os.replace(report, path.with_suffix(".json"))
     return bad_rows
 
@@ -140,6 +150,7 @@ def to_record_batch(rows: list[dict[str, Any]]) -> pa.RecordBatch:
     Written column by column: pyarrow's own conversion of nested dictionaries takes three times as long.
     """
     roles: list[str] = []
+    supervised: list[bool | None] = []
     types: list[str] = []
     texts: list[str | None] = []
     message_offsets, content_offsets, image_offsets = [0], [0], [0]
@@ -148,6 +159,7 @@ def to_record_batch(rows: list[dict[str, Any]]) -> pa.RecordBatch:
     for row in rows:
         for message in row["messages"]:
             roles.append(message["role"])
+            supervised.append(message.get("supervised"))
             for part in message["content"]:
                 types.append(part["type"])
                 texts.append(part.get("text"))
@@ -161,7 +173,10 @@ def to_record_batch(rows: list[dict[str, Any]]) -> pa.RecordBatch:
         [pa.array(types, pa.string()), pa.array(texts, pa.string())], names=["type", "text"]
     )
     content = pa.ListArray.from_arrays(pa.array(content_offsets, pa.int32()), parts)
-    messages = pa.StructArray.from_arrays([pa.array(roles, pa.string()), content], names=["role", "content"])
+    messages = pa.StructArray.from_arrays(
+        [pa.array(roles, pa.string()), content, pa.array(supervised, pa.bool_())],
+        names=["role", "content", "supervised"],
+    )
     images = pa.StructArray.from_arrays(
         [pa.array(image_bytes, pa.binary()), pa.array(image_paths, pa.string())], names=["bytes", "path"]
     )
