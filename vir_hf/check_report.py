@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vir_hf import html_pages as html
 from vir_hf.checks import ERRORS, REMEDIES
+from vir_hf.errors import clipped
 
 if TYPE_CHECKING:
     from vir_hf.checks import CheckReport, Problem
@@ -29,6 +30,7 @@ def report_as_json(report: CheckReport, batch_size: int = 16) -> dict[str, Any]:
         "is_decoded": report.is_decoded,
         "seconds": round(report.seconds, 2),
         "kinds": report.kinds(),
+        "unread_keys": dict(report.unread.most_common()),
         "statistics": statistics(report, batch_size),
         "problems": [_problem_as_json(problem, has_several) for problem in report.problems],
     }
@@ -44,6 +46,13 @@ def _problem_as_json(problem: Problem, has_several: bool) -> dict[str, Any]:
         "severity": problem.severity,
         "detail": problem.detail,
     }
+
+
+def unread_note(report: CheckReport) -> str:
+    """Return the keys of no known meaning and how many rows have each, in one line."""
+    listed = [f"{name} ({count:,} rows)" for name, count in report.unread.most_common(12)]
+    more = f" and {len(report.unread) - len(listed)} more" if len(report.unread) > len(listed) else ""
+    return clipped(f"Keys that nothing reads: {', '.join(listed)}{more}.")
 
 
 def statistics(report: CheckReport, batch_size: int = 16) -> dict[str, Any]:
@@ -140,7 +149,7 @@ def _tiles(report: CheckReport, figures: dict[str, Any]) -> str:
 def _problem_section(report: CheckReport) -> str:
     kinds = report.kinds()
     if not kinds:
-        return ""
+        return html.element("p", unread_note(report), "note") if report.unread else ""
     examples: dict[str, list[Problem]] = {kind: [] for kind in kinds}
     for problem in report.problems:
         if len(examples[problem.kind]) < _EXAMPLES_PER_KIND:
@@ -161,6 +170,8 @@ def _problem_section(report: CheckReport) -> str:
         is_open = " open" if len(kinds) == 1 else ""
         parts.append(f"<details{is_open}><summary>{' '.join(head)}</summary>{table}</details>")
     note = "An error is a row training refuses; a warning is one it takes in a way that may not be meant. Rows count from 0."
+    if report.unread:
+        note += f" {unread_note(report)}"
     return html.section("What is wrong", "".join(parts), note)
 
 

@@ -30,6 +30,7 @@ from vir_hf.errors import DataError, ImageError, RecipeError, clipped, shown
 from vir_hf.image_folder import ImageFolder
 from vir_hf.images import ImageHeader, is_misnamed, open_image, read_image_header
 from vir_hf.row_files import RowRange, find_data_files, read_rows, split_rows
+from vir_hf.row_keys import unread_keys
 from vir_hf.rows import text_problem
 
 # Kind -> what to do. The kinds of conversations.py come first, then what only the whole data set shows.
@@ -79,6 +80,7 @@ class CheckReport:
         images: the header of every distinct picture that could be opened.
         rows_per_image: how many rows show each distinct picture.
         images_per_row: how many pictures each readable row shows.
+        unread: keys of no known meaning, each with the number of rows that have it; they are left alone.
     """
 
     files: list[str]
@@ -90,6 +92,7 @@ class CheckReport:
     images: list[ImageHeader] = dataclasses.field(default_factory=list)
     rows_per_image: list[int] = dataclasses.field(default_factory=list)
     images_per_row: list[int] = dataclasses.field(default_factory=list)
+    unread: Counter[str] = dataclasses.field(default_factory=Counter)
     max_length: int | None = None
     has_tokens: bool = False
     is_decoded: bool = False
@@ -145,6 +148,7 @@ class _PartResult:
     lengths: list[int] = dataclasses.field(default_factory=list)
     supervised: list[int] = dataclasses.field(default_factory=list)
     images_per_row: list[int] = dataclasses.field(default_factory=list)
+    unread: Counter[str] = dataclasses.field(default_factory=Counter)
 
 
 def check_data(
@@ -250,6 +254,7 @@ def _check_row(raw: Any, number: int, result: _PartResult) -> None:
     row_id = "" if written_id is None else _printable(str(written_id))
     problems, row = examine(raw)
     result.keys.append((number, row_id, _digest(raw)))
+    result.unread.update({clipped(_printable(name), 60) for name, matters in unread_keys(raw) if not matters})
     if row is not None:
         problems += _check_content(row, number, clipped(row_id, 80), result)
     result.problems += [
@@ -317,6 +322,7 @@ def _merge_rows(report: CheckReport, results: Sequence[_PartResult]) -> None:
         report.lengths += result.lengths
         report.supervised += result.supervised
         report.images_per_row += result.images_per_row
+        report.unread += result.unread
         for row, row_id, digest in result.keys:
             place = (result.file, row)
             first = digests.setdefault(digest, place)

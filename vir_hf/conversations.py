@@ -473,11 +473,19 @@ def encode_row(
         DataError: no row of a conversation, nothing to learn in it, or its first answer does not begin before
             `max_length`.
     """
-    row = to_messages(row, where=where)
+    return encode_with_images(row, processor, expand_images, max_length=max_length, where=where)[0]
+
+
+def encode_with_images(
+    row: Any, processor: Any, expand_images: bool = True, *, max_length: int | None = None, where: str = ""
+) -> tuple[dict[str, Any], list[Any]]:
+    """Return `encode_row` and the images that its ids show, in their order; arguments and errors are those of `encode_row`."""
+    normal = to_messages(row, where=where)
     try:
-        return encode_messages(row["messages"], processor, expand_images, max_length)
+        encoded = encode_messages(normal["messages"], processor, expand_images, max_length)
     except DataError as error:
-        raise DataError(f"{_place(row, where)}{error}") from error
+        raise DataError(f"{_place(normal, where)}{error}") from error
+    return encoded, normal["images"][: encoded.get("num_images")]
 
 
 def encode_messages(
@@ -523,11 +531,31 @@ def encode_prompt(row: Any, processor: Any, expand_images: bool = True, *, where
     For the turns before an answer these are exactly the ids that stand before that answer in training. The images are
     `to_messages(row)["images"]`, in order. Raises `DataError` as `encode_row` does, but needs no answer.
     """
-    row = to_messages(row, where=where)
+    return encode_prompt_with_images(row, processor, expand_images, where=where)[0]
+
+
+def encode_prompt_with_images(
+    row: Any, processor: Any, expand_images: bool = True, *, where: str = ""
+) -> tuple[list[int], list[Any]]:
+    """Return `encode_prompt` and the images that its ids show, in their order."""
+    normal = to_messages(row, where=where)
     try:
-        return _encode(row["messages"], processor, expand_images, prompt=True).input_ids
+        ids = _encode(normal["messages"], processor, expand_images, prompt=True).input_ids
     except DataError as error:
-        raise DataError(f"{_place(row, where)}{error}") from error
+        raise DataError(f"{_place(normal, where)}{error}") from error
+    return ids, normal["images"]
+
+
+def last_question(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the messages of `to_messages` up to and including the human's last turn, to which the answer is asked.
+
+    Raises:
+        DataError: no turn is the human's.
+    """
+    asked = next((number for number in range(len(messages), 0, -1) if messages[number - 1]["role"] == "user"), 0)
+    if not asked:
+        raise DataError("the row asks nothing: no turn is the human's.")
+    return list(messages[:asked])
 
 
 class RowLength(NamedTuple):

@@ -224,8 +224,7 @@ def _bare_base64(text: str) -> bytes | None:
 def _decoded(text: str) -> bytes | None:
     try:
         text = "".join(text.split())
-        return base64.b64decode(
-            text + "=" * (-len(text) % 4), altchars=b"-_" if "-" in text or "_" in text else None, validate=True
-        )
+        altchars = b"-_" if "-" in text or "_" in text else None
+        return base64.b64decode(text + "=" * (-len(text) % 4), altchars=altchars, validate=True)
     except (binascii.Error, ValueError):
         return None
