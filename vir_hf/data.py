@@ -15,6 +15,7 @@ import datasets
 import numpy as np
 from huggingface_hub import hf_hub_download, snapshot_download
 
+from vir_hf import files
 from vir_hf.errors import DataError, ImageError, RecipeError, clipped
 from vir_hf.image_folder import ImageFolder
 from vir_hf.images import open_image
@@ -226,7 +227,7 @@ class _FileRows:
         cached = cache_folder() / f"rows-{name}.arrow"
         known = read_left_out(cached)
         if known is not None and any(map(self._has_arrived, known[0])):
-            cached.with_suffix(".json").unlink()  # a picture that was missing is there now: read the rows again
+            files.discard(cached.with_suffix(".json"))  # a picture that was missing is there now: read the rows again
         unread: Counter[str] = Counter()
         return _open_cache(name, self._rows(max_rows, unread), unread, self.path)
 
@@ -265,9 +266,7 @@ def _parts_of(file: str, max_parts: int) -> list[RowRange]:
         return [RowRange(*part) for part in json.loads(path.read_text(encoding="utf-8"))]
     except (OSError, ValueError, TypeError):
         parts = split_rows(file, max_parts)
-        temporary = path.with_suffix(f".{os.getpid()}.incomplete")
-        temporary.write_text(json.dumps(parts), encoding="utf-8")
-        os.replace(temporary, path)
+        files.write_text(path, json.dumps(parts))
         return parts
 
 
