@@ -307,7 +307,7 @@ class TestToMessages:
             ({"conversations": [{"from": "human", "value": 3}]}, "found 3"),
             ({"conversations": [{"from": "human", "value": {"a": 1}}]}, "turn 1"),
             ({"messages": [{"role": "user", "content": ["q"]}]}, "neither text nor image: 'q'"),
-            ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "neither text nor image"),
+            ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "has a part of type 'video'"),
             ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "text is null"),
             (
                 {"messages": [{"role": "assistant", "content": [{"type": "image"}]}], "images": ["x"]},

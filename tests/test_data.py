@@ -72,7 +72,8 @@ def test_images_as_string_list_null_or_absent(folder: Path):
         {"type": "image", "text": None},
         {"type": "text", "text": "Which number?"},
     ]
-    assert dataset[0]["messages"][1] == {"role": "assistant", "content": [{"type": "text", "text": "It is 0."}]}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "It is 0."}], "supervised": None}
+    assert dataset[0]["messages"][1] == answer
 
 
 def test_undecoded_images_are_what_datasets_calls_them(folder: Path):

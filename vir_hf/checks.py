@@ -25,14 +25,14 @@ from vir_hf.conversations import (
     PROBLEM_KINDS,
     encode_messages,
     encode_row,
-    row_problems,
-    sound_messages,
+    examine,
 )
-from vir_hf.errors import DataError, ImageError, RecipeError
+from vir_hf.errors import DataError, ImageError, RecipeError, clipped, shown
 from vir_hf.identity import picture_identity
 from vir_hf.image_folder import ImageFolder
 from vir_hf.images import ImageHeader, is_misnamed, open_image, read_image_header
 from vir_hf.row_files import RowRange, find_data_files, read_rows, split_rows
+from vir_hf.row_keys import unread_keys
 from vir_hf.rows import text_problem
 
 # Kind -> what to do. The kinds of conversations.py come first, then what only the whole data set shows.
@@ -83,6 +83,7 @@ class CheckReport:
         images: the header of every distinct picture that could be opened.
         rows_per_image: how many rows show each distinct picture.
         images_per_row: how many pictures each readable row shows.
+        unread: keys of no known meaning, each with the number of rows that have it; they are left alone.
     """
 
     files: list[str]
@@ -94,6 +95,7 @@ class CheckReport:
     images: list[ImageHeader] = dataclasses.field(default_factory=list)
     rows_per_image: list[int] = dataclasses.field(default_factory=list)
     images_per_row: list[int] = dataclasses.field(default_factory=list)
+    unread: Counter[str] = dataclasses.field(default_factory=Counter)
     max_length: int | None = None
     has_tokens: bool = False
     is_decoded: bool = False
@@ -156,6 +158,7 @@ class _PartResult:
     lengths: list[int] = dataclasses.field(default_factory=list)
     supervised: list[int] = dataclasses.field(default_factory=list)
     images_per_row: list[int] = dataclasses.field(default_factory=list)
+    unread: Counter[str] = dataclasses.field(default_factory=Counter)
 
 
 def check_data(
@@ -273,12 +276,14 @@ def _check_part(task: tuple[str, RowRange]) -> _PartResult:
 def _check_row(raw: Any, number: int, result: _PartResult) -> None:
     written_id = raw.get("id") if isinstance(raw, dict) else None
     row_id = "" if written_id is None else _printable(str(written_id))
-    problems = list(row_problems(raw))
+    problems, row = examine(raw)
     result.keys.append((number, row_id, _digest(raw)))
-    if not any(kind in FATAL_KINDS for kind, _ in problems):
-        problems += _check_content(sound_messages(raw), number, row_id, result)
+    result.unread.update({clipped(_printable(name), 60) for name, matters in unread_keys(raw) if not matters})
+    if row is not None:
+        problems += _check_content(row, number, clipped(row_id, 80), result)
     result.problems += [
-        Problem(result.file, number, row_id, kind, _printable(detail)) for kind, detail in dict.fromkeys(problems)
+        Problem(result.file, number, clipped(row_id, 80), kind, clipped(_printable(detail)))
+        for kind, detail in dict.fromkeys(problems)
     ]
 
 
@@ -325,7 +330,7 @@ def _reference(image: Any) -> str | _Embedded:
         image = image.get("path")
     if isinstance(image, str):
         return image
-    return _Embedded(picture_identity(image), ("image_missing", f"image {image!r}: expected a file name"))
+    return _Embedded(picture_identity(image), ("image_missing", f"image {shown(image)}: expected a file name"))
 
 
 def _digest(raw: Any) -> bytes:
@@ -343,16 +348,17 @@ def _merge_rows(report: CheckReport, results: Sequence[_PartResult]) -> None:
         report.lengths += result.lengths
         report.supervised += result.supervised
         report.images_per_row += result.images_per_row
+        report.unread += result.unread
         for row, row_id, digest in result.keys:
             place = (result.file, row)
             first = digests.setdefault(digest, place)
             if first != place:
                 detail = f"the same as {_place(first, result.file)}"
-                report.problems.append(Problem(result.file, row, row_id, "duplicate_row", detail))
+                report.problems.append(Problem(result.file, row, clipped(row_id, 80), "duplicate_row", detail))
             same_id = ids.setdefault(row_id, place) if row_id else place
             if same_id != place and first == place:
                 detail = f"{_place(same_id, result.file)} has this id too"
-                report.problems.append(Problem(result.file, row, row_id, "duplicate_id", detail))
+                report.problems.append(Problem(result.file, row, clipped(row_id, 80), "duplicate_id", detail))
 
 
 def _place(place: tuple[str, int], file: str) -> str:

@@ -1,8 +1,8 @@
 """Rows written once as an Arrow file and mapped into memory ever after: flat memory, and a second start in seconds.
 
 A cache file is named by what it was made from (the data files' size and time, the image folder, this code), so that a
-changed file is read anew. Beside it lies a `.json` with the rows that could not be used, and the time of change of every folder
-and archive in which pictures were found, so that pictures which are gone are missed at the next start.
+changed file is read anew. Beside it lies a `.json` with the rows that could not be used, the keys that nothing read, and the
+time of change of every folder and archive in which images were found, so that images which are gone are missed at the next start.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import os
 import pickle
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +39,7 @@ _BYTES_PER_BATCH = 16 * 2**20
 _FIRST_ROWS = 16
 _BYTES_READ_AT_ONCE = 4 * 2**20
 _BYTES_MAPPED_AT_ONCE = 16 * 2**20
-_CODE = ("conversations.py", "image_folder.py", "row_cache.py", "row_files.py", "rows.py")
+_CODE = ("conversations.py", "image_folder.py", "row_cache.py", "row_files.py", "row_keys.py", "rows.py")
 
 ROW_SCHEMA = pa.schema(
     [
@@ -50,6 +51,7 @@ ROW_SCHEMA = pa.schema(
                     [
                         ("role", pa.string()),
                         ("content", pa.list_(pa.struct([("type", pa.string()), ("text", pa.string())]))),
+                        ("supervised", pa.bool_()),
                     ]
                 )
             ),
@@ -91,27 +93,30 @@ def fingerprint(files: list[str], *others: object) -> str:
 
 def cached_rows(
     name: str,
-    rows: Callable[[], Iterable[dict[str, Any] | BadRow]],
+    rows: Callable[[Counter[str]], Iterable[dict[str, Any] | BadRow]],
     has_arrived: Callable[[BadRow], bool] = lambda bad: False,
-) -> tuple[Path, list[BadRow]]:
-    """Return the Arrow file called `name` and its bad rows, written from `rows` when it is not there or not true any more.
+) -> tuple[Path, list[BadRow], Counter[str]]:
+    """Return the Arrow file called `name`, its bad rows and its unread keys, made anew where it is missing or not true any more.
 
     Args:
-        has_arrived: whether the picture that a row was left out for is there by now.
+        rows: makes the rows, and counts in what it is given their keys that nothing reads (see `normalise_row`).
+        has_arrived: whether the image that a row was left out for is there by now.
     """
     path = cache_folder() / f"rows-{name}.arrow"
     with FileLock(f"{path}.lock"):  # other ranks wait for the first instead of doing the same work
-        bad_rows = _read_report(path, has_arrived)
-        if bad_rows is None:
-            bad_rows = _write(path, rows())
-    return path, bad_rows
+        known = _read_report(path, has_arrived)
+        if known is None:
+            unread: Counter[str] = Counter()
+            known = _write(path, rows(unread), unread), unread
+    return path, *known
 
 
-def _read_report(path: Path, has_arrived: Callable[[BadRow], bool]) -> list[BadRow] | None:
-    """Return the rows that a complete cache file left out, or None when it has to be written (again)."""
+def _read_report(path: Path, has_arrived: Callable[[BadRow], bool]) -> tuple[list[BadRow], Counter[str]] | None:
+    """Return the rows and keys that a complete cache file left out, or None when it has to be written (again)."""
     try:
         report = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         bad_rows = [BadRow(**entry) for entry in report["bad_rows"]]
+        unread = Counter(report["unread"])
         stamps: dict[str, Any] = report["stamps"]
     except (OSError, ValueError, TypeError, KeyError):
         return None
@@ -123,8 +128,8 @@ def _read_report(path: Path, has_arrived: Callable[[BadRow], bool]) -> list[BadR
         if _has_lost_pictures(path, changed):
             logger.info("pictures are gone from %s: the rows are read again", ", ".join(changed[:3]))
             return None
-        _write_report(path, bad_rows, stamps, started)
-    return bad_rows
+        _write_report(path, bad_rows, unread, stamps, started)
+    return bad_rows, unread
 
 
 def _has_lost_pictures(path: Path, changed: list[str]) -> bool:
@@ -147,11 +152,13 @@ def _stamp(place: str) -> list[int] | None:
     return None if stamp is None else [0 if os.path.isdir(place) else stamp[0], stamp[1]]
 
 
-def _write_report(path: Path, bad_rows: list[BadRow], places: Iterable[str], started: int) -> None:
+def _write_report(
+    path: Path, bad_rows: list[BadRow], unread: Counter[str], places: Iterable[str], started: int
+) -> None:
     stamps = {place: _stamp(place) for place in places}
     # What changed while its pictures were being found is looked through again the next time; file systems round times.
     stamps = {place: stamp if stamp and stamp[1] < started - 10**7 else None for place, stamp in stamps.items()}
-    report = {"bad_rows": [dataclasses.asdict(bad) for bad in bad_rows], "stamps": stamps}
+    report = {"bad_rows": [dataclasses.asdict(bad) for bad in bad_rows], "unread": unread, "stamps": stamps}
     files.write_text(path.with_suffix(".json"), json.dumps(report))
 
 
@@ -180,7 +187,7 @@ def flat_batches(rows: Dataset, columns: list[str]) -> Iterator[tuple[int, pa.Ta
             view, num_mapped = pickle.loads(pickle.dumps(view)), 0
 
 
-def _write(path: Path, rows: Iterable[dict[str, Any] | BadRow]) -> list[BadRow]:
+def _write(path: Path, rows: Iterable[dict[str, Any] | BadRow], unread: Counter[str]) -> list[BadRow]:
     bad_rows: list[BadRow] = []
     places: dict[str, None] = {}
     started = time.time_ns()
@@ -196,7 +203,7 @@ def _write(path: Path, rows: Iterable[dict[str, Any] | BadRow]) -> list[BadRow]:
         if was_collecting:
             gc.enable()
     # Written last: its presence says that the Arrow file is complete.
-    _write_report(path, bad_rows, filter(None, places), started)
+    _write_report(path, bad_rows, unread, filter(None, places), started)
     return bad_rows
 
 
@@ -231,6 +238,7 @@ def to_record_batch(rows: list[dict[str, Any]]) -> pa.RecordBatch:
     Written column by column: pyarrow's own conversion of nested dictionaries takes three times as long.
     """
     roles: list[str] = []
+    supervised: list[bool | None] = []
     types: list[str] = []
     texts: list[str | None] = []
     message_offsets, content_offsets, image_offsets = [0], [0], [0]
@@ -239,6 +247,7 @@ def to_record_batch(rows: list[dict[str, Any]]) -> pa.RecordBatch:
     for row in rows:
         for message in row["messages"]:
             roles.append(message["role"])
+            supervised.append(message.get("supervised"))
             for part in message["content"]:
                 types.append(part["type"])
                 texts.append(part.get("text"))
@@ -252,7 +261,10 @@ def to_record_batch(rows: list[dict[str, Any]]) -> pa.RecordBatch:
         [pa.array(types, pa.string()), pa.array(texts, pa.string())], names=["type", "text"]
     )
     content = pa.ListArray.from_arrays(pa.array(content_offsets, pa.int32()), parts)
-    messages = pa.StructArray.from_arrays([pa.array(roles, pa.string()), content], names=["role", "content"])
+    messages = pa.StructArray.from_arrays(
+        [pa.array(roles, pa.string()), content, pa.array(supervised, pa.bool_())],
+        names=["role", "content", "supervised"],
+    )
     images = pa.StructArray.from_arrays(
         [pa.array(image_bytes, pa.binary()), pa.array(image_paths, pa.string())], names=["bytes", "path"]
     )
