@@ -114,7 +114,7 @@ def test_a_model_scores_as_with_trls_head() -> None:
 
 @pytest.mark.parametrize(
     "config",
-    [{"final_logit_softcapping": 30.0}, {"logit_scale": 2.0}, {"logits_scaling": 4.0}, {"num_experts": 4}],
+    [{"final_logit_softcapping": 30.0}, {"logit_scale": 2.0}, {"logits_scaling": 4.0}],
     ids=lambda config: next(iter(config)),
 )
 def test_heads_that_do_more_stay_with_trl(config: dict[str, float]) -> None:

@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from transformers.utils import ModelOutput
 
+from vir_hf.llava.logits import NEUTRAL_LOGIT_WORDS
+
 IGNORED = -100
 # Elements of a chunk's logits, 64 MiB in fp32: fewer rows make slow products, more leave the cache.
 CHUNK_ELEMENTS = 2**24
@@ -42,12 +44,12 @@ class ScoredOutput(ModelOutput):
 def fuse_head(model: Any) -> bool:
     """Score with this head wherever TRL asks for its fused one on a CPU; return whether this model's head can be.
 
-    Call it after TRL's trainer has put its own head on the model. Heads that scale, cap or bias their logits, models with
-    router losses, and sharded weights stay with TRL's.
+    Call it after TRL's trainer has put its own head on the model. Heads that scale, cap or bias their logits, calls that
+    ask for router losses, and sharded weights stay with TRL's.
     """
     config = model.config.get_text_config()
-    words = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
-    if any(getattr(config, word, None) is not None for word in words) or getattr(config, "num_experts", None):
+    words = NEUTRAL_LOGIT_WORDS.items()
+    if any(getattr(config, word, None) not in (None, neutral) for word, neutral in words):
         return False
     upstream = model.forward
 

@@ -17,7 +17,6 @@ import yaml
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import (
-    AutoConfig,
     AutoImageProcessor,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -33,9 +32,12 @@ from vir_hf.conversations import encode_row
 from vir_hf.errors import RecipeError
 from vir_hf.fingerprint import check_fingerprint
 from vir_hf.interop import load_projector
+from vir_hf.language_models import judge_language_model
+from vir_hf.llava.configuration_llava import has_class_token, select_strategy
 from vir_hf.llava.modeling_llava import LlavaForCausalLM
 from vir_hf.llava.processing_llava import LlavaProcessor
 from vir_hf.llava.registration import register
+from vir_hf.model_configs import check_vision_tower, check_whole_model, read_config
 from vir_hf.quantization import (
     adopt_quantization,
     bits_of,
@@ -153,8 +155,15 @@ def build(
     Raises:
         RecipeError: a part that cannot be loaded, or a language model without a tokenizer.
     """
+    if isinstance(language_model, str):
+        text_config, _ = read_config(language_model, "model.language_model", **_of_code(loading_kwargs))
+    else:
+        text_config = language_model.config
+    judge_language_model(text_config, _shown(language_model))
     if tokenizer is None or isinstance(tokenizer, str):
-        tokenizer = _load_tokenizer(tokenizer or _name_of(language_model, "tokenizer"))
+        # A revision is one of the language model's repository, which a tokenizer of its own lies in, too.
+        options = _of_code(loading_kwargs) if tokenizer is None else {}
+        tokenizer = _load_tokenizer(tokenizer or _name_of(language_model, "tokenizer"), **options)
     if image_processor is None or isinstance(image_processor, str):
         image_processor = _load_part(
             AutoImageProcessor, image_processor or _name_of(vision_tower, "image_processor"), "model.vision_tower"
@@ -169,15 +178,17 @@ def build(
     if isinstance(vision_tower, str):
         vision_tower = load_vision_tower(vision_tower, dtype or language_model.dtype)
     tower = getattr(vision_tower, "vision_model", vision_tower)
-    has_class_token = hasattr(tower.embeddings, "class_embedding")
-    strategy = vision_feature_select_strategy or ("default" if has_class_token else "full")
+    try:
+        strategy = select_strategy(tower.config, vision_feature_select_strategy)
+    except ValueError as error:
+        raise RecipeError(f"model.vision_tower={_shown(vision_tower)}: {error}") from error
     processor = LlavaProcessor.from_components(
         tokenizer,
         image_processor,
         template,
         patch_size=tower.config.patch_size,
         vision_feature_select_strategy=strategy,
-        num_additional_image_tokens=int(has_class_token),
+        num_additional_image_tokens=int(has_class_token(tower.config)),
         image_aspect_ratio=image_aspect_ratio,
     )
     if processor.image_size != (tower.config.image_size,) * 2:
@@ -228,11 +239,8 @@ def end_of_turn_id(processor: LlavaProcessor) -> int:
 
 def load_vision_tower(name: str, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
     """Return CLIP's or SigLIP's vision model from a Hub id or folder; of a full CLIP only the vision part is kept."""
-    config = _load_part(AutoConfig, name, "model.vision_tower")
-    if config.model_type not in VISION_TOWERS:
-        raise RecipeError(
-            f"model.vision_tower={name}: its model type is {config.model_type!r}; expected one of {sorted(VISION_TOWERS)}."
-        )
+    config, _ = read_config(name, "model.vision_tower")
+    check_vision_tower(config, name)
     return _load_part(VISION_TOWERS[config.model_type], name, "model.vision_tower", dtype=dtype)
 
 
@@ -274,7 +282,7 @@ def load_model_and_processor(
         loading.pop("revision", None)
     name = source or wanted.name_or_path
     if name:
-        model = _load_part(LlavaForCausalLM, name, "model.name_or_path", dtype=precision.dtype, **loading)
+        model = _load_whole(name, "model.name_or_path", dtype=precision.dtype, **loading)
         processor = load_processor(name, wanted.template, None if source else wanted.revision)
         agree_on_tokens(model, processor)
     elif wanted.language_model and wanted.vision_tower:
@@ -490,7 +498,7 @@ def load_run(
     if adapter is None:
         if revision is not None:
             loading["revision"] = revision
-        model = _load_part(LlavaForCausalLM, name, "path", **loading)
+        model = _load_whole(name, "path", **loading)
         processor = load_processor(processor_place(Path(name), name), revision=revision)
     else:
         model, base_name = load_base(adapter, base, loading)
@@ -524,7 +532,7 @@ def load_base(adapter: Path, base: str | None, loading: dict[str, Any]) -> tuple
     check_fingerprint(adapter, name, revision, key="base")
     if revision is not None:
         loading = {**loading, "revision": revision}
-    model = _load_part(LlavaForCausalLM, name, "base", **loading)
+    model = _load_whole(name, "base", **loading)
     keep_layout(model)
     return model, name
 
@@ -551,10 +559,23 @@ def _shown(part: str | PreTrainedModel) -> str:
     return part if isinstance(part, str) else part.config._name_or_path or type(part).__name__
 
 
-def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def _of_code(loading_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Which files of a repository are meant, and whether code in them may run: the same for all that comes from it."""
+    return {name: loading_kwargs[name] for name in ("revision", "trust_remote_code") if loading_kwargs.get(name)}
+
+
+def _load_whole(name: str, key: str, **loading: Any) -> LlavaForCausalLM:
+    """Load a whole LLaVA model, if its config says that it is one."""
+    config, _ = read_config(name, key, **_of_code(loading))
+    check_whole_model(config, name, key, loading.get("revision"))
+    model: LlavaForCausalLM = _load_part(LlavaForCausalLM, name, key, **loading)
+    return model
+
+
+def _load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
     # `legacy` moves one piece of Llama's tokenization; without it text per chunk gives LLaVA's own ids.
     try:
-        return AutoTokenizer.from_pretrained(name, legacy=False)
+        return AutoTokenizer.from_pretrained(name, legacy=False, **options)
     except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
         raise RecipeError(
             f"model.tokenizer: no tokenizer could be loaded from {name!r} ({_first_line(error)}). From the Hub it needs a "

@@ -24,6 +24,7 @@ from vir_hf.errors import RecipeError
 from vir_hf.features import cache_for_training
 from vir_hf.fused_lora import fuse_lora
 from vir_hf.json_files import write_json
+from vir_hf.language_models import fit_to_language_model
 from vir_hf.lean_layers import make_lean
 from vir_hf.llava.processing_llava import LlavaProcessor
 from vir_hf.loading import Precision, choose_precision, describe_precision, keep_base, load_model_and_processor
@@ -70,6 +71,7 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> dict[str
 
 def _train(recipe: Recipe, signals: StopOnSignal, callbacks: Sequence[TrainerCallback]) -> dict[str, Any]:
     engine_check.avoid_compiling(use_cpu=bool(recipe.training.use_cpu))
+    recipe = fit_to_language_model(recipe)
     precision = choose_precision(
         recipe.model.dtype,
         use_cpu=bool(recipe.training.use_cpu),
