@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from vir_hf.collator import LlavaDataCollator
+from vir_hf.conversations import IGNORE
 from vir_hf.fused_head import score
 from vir_hf.fused_lora import fuse_lora
 from vir_hf.lean_layers import make_lean
-from vir_hf.trainer import IGNORED, compact_supervised
+from vir_hf.trainer import compact_supervised
 
 TOLERANCE = 1e-5
 OUR_LAYERS = "the same with fused LoRA, lean layers and the fused head"
@@ -122,10 +123,10 @@ def _loss_and_gradients(
         else:
             logits = model(**inputs, use_cache=False).logits[:, :-1]
             loss = nn.functional.cross_entropy(
-                logits.reshape(-1, logits.shape[-1]).float(), targets.reshape(-1), ignore_index=IGNORED, reduction="sum"
+                logits.reshape(-1, logits.shape[-1]).float(), targets.reshape(-1), ignore_index=IGNORE, reduction="sum"
             )
         loss.backward()
-        total, count = total + loss.item(), count + int((targets != IGNORED).sum())
+        total, count = total + loss.item(), count + int((targets != IGNORE).sum())
     gradients = {name: p.grad.detach().clone() for name, p in model.named_parameters() if p.grad is not None}
     return total / max(count, 1), gradients
 

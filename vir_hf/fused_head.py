@@ -16,9 +16,9 @@ import torch
 from torch import nn
 from transformers.utils import ModelOutput
 
+from vir_hf.conversations import IGNORE
 from vir_hf.llava.logits import NEUTRAL_LOGIT_WORDS
 
-IGNORED = -100
 # Elements of a chunk's logits, 64 MiB in fp32: fewer rows make slow products, more leave the cache.
 CHUNK_ELEMENTS = 2**24
 
@@ -92,7 +92,7 @@ def score(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> S
         Tensors of `(batch, length - 1)`.
     """
     targets = labels[:, 1:]
-    mask = targets != IGNORED
+    mask = targets != IGNORE
     scored = _ScoredTokens.apply(hidden[:, :-1][mask], weight, targets[mask])
     # `masked_scatter` keeps a batch without labels connected to the model: a loss of zero with a gradient of zeros.
     log_probs, entropy, is_top1 = (x.new_zeros(mask.shape).masked_scatter(mask, x) for x in scored)

@@ -286,7 +286,7 @@ def _leak(model: Any, ids: torch.Tensor, name: str) -> str | None:
             use_cache=False,
         ).last_hidden_state[0]
     except Exception as error:  # of attention of every kind
-        text = _one_line(error).split(". Set training")[0]
+        text = _one_line(error).split(". Set training")[0].split(", so rows of this batch")[0]
         return text if name.removesuffix("ForCausalLM") in text else "its attention does not take segments"
     finally:
         model.model.language_model.config._attn_implementation = "sdpa"

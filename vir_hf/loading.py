@@ -95,26 +95,72 @@ def choose_precision(
     Raises:
         RecipeError: fp16 without a GPU.
     """
-    has_cuda = torch.cuda.is_available() and not use_cpu
+    has_gpu = torch.cuda.is_available() and not use_cpu
+    return precision_on(
+        dtype,
+        bf16,
+        fp16,
+        gpu=torch.cuda.get_device_name() if has_gpu else None,
+        has_bf16=has_gpu and torch.cuda.get_device_capability()[0] >= 8,
+    )
+
+
+def precision_of(recipe: Recipe, *, use_cpu: bool | None = None) -> Precision:
+    """Return the precision a recipe computes in on this machine: the one answer for training and all that goes with it.
+
+    Args:
+        use_cpu: in place of `training.use_cpu`.
+
+    Raises:
+        RecipeError: fp16 without a GPU.
+    """
+    said = recipe.training.arguments
+    use_cpu = bool(recipe.training.use_cpu) if use_cpu is None else use_cpu
+    return choose_precision(recipe.model.dtype, use_cpu, bf16=said.get("bf16"), fp16=said.get("fp16"))
+
+
+def precision_on(dtype: str, bf16: bool | None, fp16: bool | None, *, gpu: str | None, has_bf16: bool) -> Precision:
+    """Return what `choose_precision` returns on a given device.
+
+    Args:
+        gpu: its name; `None` for a CPU.
+        has_bf16: whether the GPU computes in bf16.
+
+    Raises:
+        RecipeError: fp16 without a GPU.
+    """
     if dtype != "auto":
         chosen, reason = getattr(torch, dtype), f"model.dtype={dtype}"
     elif bf16 or fp16:
         chosen = torch.bfloat16 if bf16 else torch.float16
         reason = f"training.{'bf16' if bf16 else 'fp16'}"
-    elif not has_cuda:
+    elif gpu is None:
         chosen, reason = torch.float32, "no CUDA GPU"
     else:
-        has_bf16 = torch.cuda.get_device_capability()[0] >= 8
         chosen = torch.bfloat16 if has_bf16 else torch.float16
-        reason = f"{torch.cuda.get_device_name()} {'computes in bf16' if has_bf16 else 'has no bf16'}"
+        reason = f"{gpu} {'computes in bf16' if has_bf16 else 'has no bf16'}"
     by_dtype = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(chosen)
     autocast = "bf16" if bf16 else "fp16" if fp16 else by_dtype
     if (by_dtype == "bf16" and bf16 is False) or (by_dtype == "fp16" and fp16 is False):
         chosen, autocast, reason = torch.float32, None, f"training.{by_dtype}=false"
-    if autocast == "fp16" and not has_cuda:
+    if autocast == "fp16" and gpu is None:
         key = "training.fp16=true" if fp16 else f"model.dtype={dtype}"
         raise RecipeError(f"{key} needs a CUDA GPU for its loss scaling; use float32 or bfloat16 on a CPU.")
     return Precision(chosen, autocast, reason)
+
+
+def _precision_of_run(name: str, use_cpu: bool) -> Precision:
+    """The precision a finished run was trained in, as far as its recipe says one and this machine has it."""
+    folders = folders_of_run(Path(name)) if Path(name).is_dir() else []
+    saved = next((folder / "recipe.yaml" for folder in folders if (folder / "recipe.yaml").is_file()), None)
+    recipe: dict[str, Any] = {} if saved is None else yaml.safe_load(saved.read_text(encoding="utf-8")) or {}
+    model, training = recipe.get("model") or {}, recipe.get("training") or {}
+    try:
+        return choose_precision(
+            model.get("dtype") or "auto", use_cpu, bf16=training.get("bf16"), fp16=training.get("fp16")
+        )
+    except RecipeError:  # trained in fp16, which a CPU does not compute in
+        return choose_precision(use_cpu=use_cpu)
 
 
 def describe_precision(precision: Precision, model: torch.nn.Module, tf32: bool | None) -> str:
@@ -478,7 +524,7 @@ def load_run(
     Args:
         path: a run's output directory, a `checkpoint-N` in it, a folder saved by `save_pretrained`, or a Hub id. An
             adapter is put on the base it was trained on.
-        dtype: `"auto"` follows the machine (see `choose_precision`).
+        dtype: `"auto"` is what the run was trained in where its recipe says it, else what suits the machine.
         device: the first GPU if there is one, else the CPU.
         base: the base model of an adapter, where it is not the one the adapter names.
         load_in_4bit: quantise the language model to NF4 while loading.
@@ -488,7 +534,8 @@ def load_run(
     """
     name = os.fspath(path)
     if isinstance(dtype, str):
-        dtype = choose_precision(dtype, use_cpu=str(device or "").startswith("cpu")).dtype
+        use_cpu = str(device or "").startswith("cpu")
+        dtype = (_precision_of_run(name, use_cpu) if dtype == "auto" else choose_precision(dtype, use_cpu)).dtype
     loading: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if attn_implementation is not None:
         loading["attn_implementation"] = attn_implementation
@@ -501,7 +548,7 @@ def load_run(
         model = _load_whole(name, "path", **loading)
         processor = load_processor(processor_place(Path(name), name), revision=revision)
     else:
-        model, base_name = load_base(adapter, base, loading)
+        model, base_name, base_revision = load_base(adapter, base, loading)
         try:
             model = PeftModel.from_pretrained(model, str(adapter))
         except SafetensorError as error:
@@ -509,7 +556,7 @@ def load_run(
         for name, parameter in model.named_parameters():
             if "lora_" in name or ".modules_to_save." in name:  # PEFT loads them in fp32, for training
                 parameter.data = parameter.data.to(dtype)
-        processor = load_processor(processor_place(adapter, base_name))
+        processor = load_processor(processor_place(adapter, base_name), revision=base_revision)
     keep_layout(model)
     if device is None and torch.cuda.is_available():
         device = "cuda"
@@ -518,8 +565,8 @@ def load_run(
     return model.eval(), processor
 
 
-def load_base(adapter: Path, base: str | None, loading: dict[str, Any]) -> tuple[LlavaForCausalLM, str]:
-    """Return the model an adapter was trained on, and its name.
+def load_base(adapter: Path, base: str | None, loading: dict[str, Any]) -> tuple[LlavaForCausalLM, str, str | None]:
+    """Return the model an adapter was trained on, its name and its revision.
 
     Args:
         base: in place of the one the adapter names; its weights must be the same.
@@ -534,7 +581,7 @@ def load_base(adapter: Path, base: str | None, loading: dict[str, Any]) -> tuple
         loading = {**loading, "revision": revision}
     model = _load_whole(name, "base", **loading)
     keep_layout(model)
-    return model, name
+    return model, name, revision
 
 
 def processor_place(folder: Path, otherwise: str) -> str:

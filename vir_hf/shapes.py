@@ -192,7 +192,7 @@ def load_configs(recipe: Recipe) -> tuple[LlavaConfig, tuple[str, ...]]:
         RecipeError: neither fetched nor known, or not a model that can be joined.
     """
     wanted = recipe.model
-    options = {"trust_remote_code": wanted.trust_remote_code}
+    options: dict[str, Any] = {"trust_remote_code": wanted.trust_remote_code}
     if wanted.name_or_path:
         config, source = read_config(
             wanted.name_or_path, "model.name_or_path", revision=wanted.revision, **options, takes_known=True

@@ -156,10 +156,10 @@ def absorb_logit_factor(language_model: PreTrainedModel, factor: float) -> None:
             parameter.mul_(factor)
 
 
-def final_norm(body: nn.Module) -> nn.Module | None:
+def final_norm(body: Any) -> nn.Module | None:
     """The norm at the end of a body, if its output is proportional to its weights."""
     named = [(name, module) for name, module in body.named_children() if "norm" in name or name == "ln_f"]
-    width = body.config.get_text_config().hidden_size if hasattr(body, "config") else 0
+    width = body.config.hidden_size
     for _, module in reversed(named):
         weights = list(module.parameters(recurse=False))
         if weights and all(weight.shape == (width,) for weight in weights) and _is_proportional(module, width):

@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import json
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,14 +37,28 @@ from .configuration_llava import (
 from .logits import absorb_logit_factor, forget_logit_words, logit_factor
 from .projectors import build_projector
 
+# Prefixes of llava-hf's key names, and of the same weights in memory.
+HUB_LAYOUT = {
+    "language_model.lm_head.": "lm_head.",
+    "language_model.model.": "model.language_model.",
+    "vision_tower.vision_model.": "model.vision_tower.",
+    "multi_modal_projector.": "model.multi_modal_projector.",
+}
+
+
+def name_in_memory(name: str) -> str:
+    """Return the in-memory name of a weight saved in the Hub's key layout; any other name unchanged."""
+    for saved, in_memory in HUB_LAYOUT.items():
+        if name.startswith(saved):
+            return in_memory + name[len(saved) :]
+    return name
+
 
 def _hub_layout() -> list[WeightRenaming]:
-    """llava-hf's key names -> the names in memory. Reversed on saving, which is what vLLM and older readers expect."""
+    """`HUB_LAYOUT` for transformers, which reverses it on saving: what vLLM and older readers expect."""
     return [
-        WeightRenaming(source_patterns=r"^language_model\.lm_head", target_patterns="lm_head"),
-        WeightRenaming(source_patterns=r"^language_model\.model\.", target_patterns="model.language_model."),
-        WeightRenaming(source_patterns=r"^vision_tower\.vision_model\.", target_patterns="model.vision_tower."),
-        WeightRenaming(source_patterns=r"^multi_modal_projector", target_patterns="model.multi_modal_projector"),
+        WeightRenaming(source_patterns=f"^{re.escape(saved)}", target_patterns=in_memory)
+        for saved, in_memory in HUB_LAYOUT.items()
     ]
 
 
@@ -132,9 +147,20 @@ class LlavaModel(NativeLlavaModel):
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
         """`(num_images, num_patches, vision_hidden)` -> `(num_images, num_patches, text_hidden)`."""
-        weight = self.multi_modal_projector.linear_1.weight  # under PEFT the copy that is trained, which is fp32
+        weight = next(self.projector_in_use().parameters(), features)
         dtype = weight.dtype if weight.is_floating_point() else features.dtype
         return self.multi_modal_projector(features.to(dtype))
+
+    def projector_in_use(self) -> nn.Module:
+        """The projector that runs: under PEFT the copy that is trained, which is fp32, unless adapters are switched off."""
+        projector: Any = self.multi_modal_projector
+        copies = getattr(projector, "modules_to_save", None)
+        if not isinstance(copies, nn.ModuleDict):
+            return projector  # type: ignore[no-any-return]
+        active = projector.active_adapter
+        name = active if isinstance(active, str) else next(iter(active), None)
+        is_original = projector.disable_adapters or name not in copies
+        return projector.original_module if is_original else copies[name]  # type: ignore[no-any-return]
 
     def get_image_features(
         self,
