@@ -33,7 +33,7 @@ from vir_hf.errors import RecipeError
 from vir_hf.fingerprint import check_fingerprint
 from vir_hf.interop import load_projector
 from vir_hf.language_models import judge_language_model
-from vir_hf.llava.configuration_llava import has_class_token, select_strategy
+from vir_hf.llava.configuration_llava import has_class_token, num_image_tokens, select_strategy
 from vir_hf.llava.modeling_llava import LlavaForCausalLM
 from vir_hf.llava.processing_llava import LlavaProcessor
 from vir_hf.llava.registration import register
@@ -207,8 +207,8 @@ def build(
         text_config = language_model.config
     judge_language_model(text_config, _shown(language_model))
     if tokenizer is None or isinstance(tokenizer, str):
-        # A revision is one of the language model's repository, which a tokenizer of its own lies in, too.
-        options = _of_code(loading_kwargs) if tokenizer is None else {}
+        # A revision is one of the language model's repository, in which its own tokenizer lies, too.
+        options = _of_code(loading_kwargs) if tokenizer in (None, language_model) else {}
         tokenizer = _load_tokenizer(tokenizer or _name_of(language_model, "tokenizer"), **options)
     if image_processor is None or isinstance(image_processor, str):
         image_processor = _load_part(
@@ -261,7 +261,22 @@ def build(
 
 
 def agree_on_tokens(model: LlavaForCausalLM, processor: LlavaProcessor) -> None:
-    """Make the model stop at the token its template closes a turn with, and pad with the tokenizer's padding."""
+    """Make the model stop at the token its template closes a turn with, and pad with the tokenizer's padding.
+
+    Raises:
+        RecipeError: an image is another number of tokens to the processor than the model gives features for.
+    """
+    vision = model.config.vision_config
+    num_features = num_image_tokens(vision, model.config.vision_feature_select_strategy)
+    num_tokens = processor.num_image_tokens if processor.patch_size else None
+    if num_tokens != num_features:
+        raise RecipeError(
+            f"{model.name_or_path or 'model'}: its processor makes {num_tokens or 'no'} tokens of an image, but the "
+            f"tower gives {num_features} features. Correct patch_size ({processor.patch_size}), num_additional_image_tokens "
+            f"({processor.num_additional_image_tokens}) and vision_feature_select_strategy "
+            f"({processor.vision_feature_select_strategy}) in processor_config.json; the model has a patch size of "
+            f"{vision.patch_size}, {int(has_class_token(vision))} and {model.config.vision_feature_select_strategy}."
+        )
     tokenizer = processor.tokenizer
     model.config.text_config.pad_token_id = tokenizer.pad_token_id
     model.config.image_token_id = processor.image_token_id

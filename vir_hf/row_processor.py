@@ -53,15 +53,9 @@ def load_recipe_processor(recipe: Recipe) -> LlavaProcessor:
     from vir_hf.llava.configuration_llava import has_class_token, select_strategy
     from vir_hf.model_configs import check_vision_tower, read_config
 
-    options: dict[str, Any] = {} if wanted.tokenizer else {"revision": wanted.revision}
-    tokenizer = _load(
-        _auto("AutoTokenizer"),
-        wanted.tokenizer or wanted.language_model,
-        "model.tokenizer",
-        legacy=False,
-        trust_remote_code=wanted.trust_remote_code,
-        **options,
-    )
+    name, revision = wanted.tokenizer_source()
+    options = {"legacy": False, "revision": revision, "trust_remote_code": wanted.trust_remote_code}
+    tokenizer = _load(_auto("AutoTokenizer"), str(name), "model.tokenizer", **options)
     image_processor = _load(_auto("AutoImageProcessor"), wanted.vision_tower, "model.vision_tower")
     config, _ = read_config(wanted.vision_tower, "model.vision_tower")
     check_vision_tower(config, wanted.vision_tower)

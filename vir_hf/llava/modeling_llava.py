@@ -158,9 +158,10 @@ class LlavaModel(NativeLlavaModel):
         if not isinstance(copies, nn.ModuleDict):
             return projector  # type: ignore[no-any-return]
         active = projector.active_adapter
-        name = active if isinstance(active, str) else next(iter(active), None)
+        name = active if isinstance(active, str) else next(iter(active), "")
         is_original = projector.disable_adapters or name not in copies
-        return projector.original_module if is_original else copies[name]  # type: ignore[no-any-return]
+        in_use: nn.Module = projector.original_module if is_original else copies[name]
+        return in_use
 
     def get_image_features(
         self,
