@@ -101,8 +101,8 @@ def check_family(name: str, root: Path, folder: Path) -> None:
     assert type(stock).__name__ == "LlavaForConditionalGeneration"
     ids = torch.tensor([[5, 9, 7, 30, 31, 32, 33, 40]])
     with torch.no_grad():
-        alone = own(input_ids=ids).logits
-        inside = stock(input_ids=ids).logits[..., : alone.shape[-1]]
+        alone = own(input_ids=ids, use_cache=False).logits
+        inside = stock(input_ids=ids, use_cache=False).logits[..., : alone.shape[-1]]
     torch.testing.assert_close(inside, alone, rtol=1e-4, atol=1e-4 * float(alone.abs().max()))
     processor = vir_hf.loading.load_processor(folder / "run")
     rows = vir_hf.load_llava_dataset(root / "rows.json", root / "images", decode_images=False)
@@ -113,7 +113,7 @@ def check_family(name: str, root: Path, folder: Path) -> None:
         labels = batch.pop("labels")[:, 1:]
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "pixel_values") if key in batch}
         with torch.no_grad():
-            logits = stock(**inputs).logits[:, :-1].float()
+            logits = stock(**inputs, use_cache=False).logits[:, :-1].float()
         total += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum"))
         count += int((labels != -100).sum())
     assert metrics["num_supervised_tokens"] == count
