@@ -34,6 +34,9 @@ BEHAVIOUR = {
     "_load_optimizer_and_scheduler": "test_resume.py::test_any_checkpoint_will_do_also_the_last",
     "_run_epoch": "test_resume.py::test_a_last_step_inside_an_epoch_is_not_exceeded",
     "_finalize_training": "test_resume.py::test_any_checkpoint_will_do_also_the_last",
+    "_determine_best_metric": "test_best_model.py::"
+    "test_the_best_is_kept_under_any_limit_and_saved_between_two_regular_checkpoints",
+    "_load_best_model": "test_best_model.py::test_the_best_steps_bits_are_saved",
     # Promised, and extended by ours.
     "get_train_dataloader": "test_trainer.py::test_the_steps_of_a_run_hold_the_rows_its_sampler_planned",
     "get_batch_samples": "test_trainer.py::test_the_time_a_step_waits_for_its_data_is_logged",

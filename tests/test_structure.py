@@ -217,7 +217,9 @@ WRITERS = {
         "save_pretrained": "upstream's own, into the folder that its caller names",
         "write_text": "the code and the configuration beside what `save_pretrained` has just written there",
     },
+    "language_models": {"save_pretrained": "a trial copy into a temporary folder"},
     "loading": {"save_pretrained": "into a staging folder of `files`"},
+    "picture_check": {"pq.write_table": "into memory"},
     "merging": {
         "save_pretrained": "into a staging folder of `files`",
         "os.replace": "between two parts of one staging folder of `files`",

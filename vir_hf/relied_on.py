@@ -106,6 +106,18 @@ RELIED_ON = (
         "counters of a run resumed at its last step are put back before the end is reported",
         ("trial", "num_train_samples", "start_time"),
     ),
+    ReliedOn(
+        _TRAINER,
+        "_determine_best_metric",
+        "a new best is saved at once, also between two regular checkpoints, so that it is there to be loaded",
+        ("metrics", "trial"),
+    ),
+    ReliedOn(
+        _TRAINER,
+        "_load_best_model",
+        "the best weights go back as those of any checkpoint do, with what lies beside an adapter",
+        (),
+    ),
     # What it calls or sets.
     ReliedOn(_TRAINER, "_save_optimizer_and_scheduler", "writes a part of a checkpoint", ("output_dir",)),
     ReliedOn(_TRAINER, "_save_scaler", "writes a part of a checkpoint", ("output_dir",)),
