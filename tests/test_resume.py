@@ -248,8 +248,46 @@ def test_a_finished_model_is_never_run_over(runs: Any, tiny_parts: Path, tmp_pat
     shutil.copytree(runs("full"), output_dir, ignore=shutil.ignore_patterns("checkpoint-*"))
     with pytest.raises(RecipeError, match="holds the model of a finished run, which this one would replace"):
         train(recipe_for(tiny_parts, output_dir, "full"))
-    metrics = train(recipe_for(tiny_parts, output_dir, "full", "training.save_strategy='no'", "training.max_steps=1"))
-    assert metrics["num_steps"] == 1  # asked to keep no checkpoints, as the quickstart does
+    for more in (("training.save_strategy='no'",), ("training.resume=auto", "training.learning_rate=1e-3")):
+        before = {path.name: path.read_bytes() for path in output_dir.iterdir() if path.is_file()}
+        with pytest.raises(RecipeError, match=r"training\.overwrite_output_dir=true"):
+            train(recipe_for(tiny_parts, output_dir, "full", "training.max_steps=1", *more))
+        assert before == {path.name: path.read_bytes() for path in output_dir.iterdir() if path.is_file()}
+    elsewhere = runs("full") / "checkpoint-2"
+    with pytest.raises(RecipeError, match=r"training\.overwrite_output_dir=true"):
+        train(recipe_for(tiny_parts, output_dir, "full", f"training.resume={elsewhere}"))
+
+
+def test_an_earlier_run_gives_way_when_that_was_said(runs: Any, tiny_parts: Path, tmp_path: Path) -> None:
+    output_dir = tmp_path / "run"
+    shutil.copytree(runs("lora"), output_dir)
+    (output_dir / "notes.txt").write_text("mine")
+    (output_dir / "checkpoint-9").mkdir()
+    (output_dir / "checkpoint-9" / "mine.txt").write_text("mine")
+    given = recipe_for(tiny_parts, output_dir, "full", "training.max_steps=3", "training.overwrite_output_dir=true")
+    assert train(given)["num_steps"] == 3
+    assert [found.step for found in checkpoints.list_checkpoints(output_dir)] == [3, 2]
+    assert not (output_dir / "adapter_config.json").exists()  # beside a whole model it would be what is loaded
+    assert (output_dir / "notes.txt").read_text() == "mine"
+    assert (output_dir / "checkpoint-9.kept" / "mine.txt").read_text() == "mine"
+    # The leave was given once: the saved recipe does not carry it on.
+    saved = load_recipe(recipe_file=output_dir / "recipe.yaml")
+    assert not saved.training.overwrite_output_dir
+    with pytest.raises(RecipeError, match="holds checkpoint-3 of an earlier run"):
+        train(saved)
+
+
+def test_a_run_of_an_earlier_version_is_known_without_a_record(runs: Any, tiny_parts: Path, tmp_path: Path) -> None:
+    """Nothing said then what was ours; what a run leaves says it: its recipe, its metrics, its checkpoints."""
+    for kind in ("full", "lora"):
+        output_dir = tmp_path / kind
+        shutil.copytree(runs(kind), output_dir)
+        (output_dir / ".vir_hf").unlink()
+        (output_dir / "metrics.json").unlink()  # killed before its end
+        shutil.rmtree(output_dir / "checkpoint-6")
+        train(recipe_for(tiny_parts, output_dir, kind, "training.resume=auto"))
+        assert_same_run(runs(kind), output_dir)
+        assert not list(output_dir.glob("*.kept*"))
 
 
 def test_no_whole_checkpoint_says_what_to_do(runs: Any, tiny_parts: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import datasets
 import numpy as np
 from huggingface_hub import hf_hub_download, snapshot_download
 
+from vir_hf import files
 from vir_hf.errors import DataError, ImageError, RecipeError
 from vir_hf.image_folder import ImageFolder
 from vir_hf.images import open_image
@@ -222,7 +223,7 @@ class _FileRows:
         name = fingerprint(self.files, [folder.identity for folder in self.folders], max_rows)
         cached = cache_folder() / f"rows-{name}.arrow"
         if any(self._has_arrived(bad) for bad in read_bad_rows(cached) or []):
-            cached.with_suffix(".json").unlink()  # a picture that was missing is there now: read the rows again
+            files.discard(cached.with_suffix(".json"))  # a picture that was missing is there now: read the rows again
         return _open_cache(name, self._rows(max_rows))
 
     def _rows(self, max_rows: int | None) -> Iterator[dict[str, Any] | BadRow]:
@@ -260,9 +261,7 @@ def _parts_of(file: str, max_parts: int) -> list[RowRange]:
         return [RowRange(*part) for part in json.loads(path.read_text(encoding="utf-8"))]
     except (OSError, ValueError, TypeError):
         parts = split_rows(file, max_parts)
-        temporary = path.with_suffix(f".{os.getpid()}.incomplete")
-        temporary.write_text(json.dumps(parts), encoding="utf-8")
-        os.replace(temporary, path)
+        files.write_text(path, json.dumps(parts))
         return parts
 
 

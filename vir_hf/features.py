@@ -24,6 +24,7 @@ from accelerate import PartialState
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from vir_hf import files
 from vir_hf.errors import DataError, RecipeError
 from vir_hf.images import read_image_bytes
 from vir_hf.preprocessing import ImagePreprocessor
@@ -177,9 +178,7 @@ class FeatureCache:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            temporary = path.with_name(f"cache.json.{uuid.uuid4().hex}")
-            temporary.write_text(json.dumps(self.identity, indent=2), encoding="utf-8")
-            os.replace(temporary, path)
+            files.write_text(path, json.dumps(self.identity, indent=2))
             return
         except ValueError as error:
             raise RecipeError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ import pyarrow.compute as pc
 from accelerate import PartialState
 from filelock import FileLock
 
+from vir_hf import files
 from vir_hf.checks import look_at_pictures
 from vir_hf.images import ImageHeader
 from vir_hf.row_cache import cache_folder
@@ -128,9 +128,7 @@ def _find_broken(
             if not isinstance(outcome, ImageHeader)
         }
         if known is None or broken.keys() != known.keys():  # of many ranks one writes
-            temporary = path.with_suffix(f".{os.getpid()}.incomplete")
-            temporary.write_text(json.dumps(broken), encoding="utf-8")
-            os.replace(temporary, path)
+            files.write_text(path, json.dumps(broken))
     if known is None:
         logger.info("looked at %d pictures in %.1f s", len(sources), time.perf_counter() - started)
     return broken

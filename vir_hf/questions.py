@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from vir_hf.conversations import to_messages
 from vir_hf.errors import DataError
+from vir_hf.files import cut_to
 from vir_hf.images import open_image
 from vir_hf.inference import Question
+
+# The beginning of a line that `vir-hf answer` was writing when it was killed.
+_CUT_ANSWER = re.compile(
+    rb'\{"id": "(?:[^"\\]|\\.)*(?:\\|"(?:,|, |, "a?n?s?w?e?r?|, "answer"(?::|: |: ".*)?)?)?', re.DOTALL
+)
 
 
 def read_questions(path: Path) -> list[dict[str, Any]]:
@@ -97,18 +104,22 @@ def answered_ids(output: Path) -> set[str]:
     if not output.exists():
         return set()
     data = output.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        with output.open("r+b") as file:
-            file.truncate(len(whole))
+    whole, cut = data[: data.rfind(b"\n") + 1], data[data.rfind(b"\n") + 1 :]
     ids = set()
     for number, line in enumerate(whole.decode("utf-8").splitlines(), 1):
         try:
-            ids.add(str(json.loads(line)["id"]))
+            row = json.loads(line)
+            if set(row) != {"id", "answer"}:
+                raise KeyError("answer")
+            ids.add(str(row["id"]))
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise DataError(
                 f"{output} line {number}: is no answer; name another --output, or move this file."
             ) from error
+    if cut and not (_CUT_ANSWER.fullmatch(cut) or b'{"id": "'.startswith(cut)):
+        raise DataError(f"{output}: its last line is no answer; name another --output, or move this file.")
+    if cut:
+        cut_to(output, len(whole))
     return ids
 
 

@@ -23,6 +23,7 @@ from torch import distributed, nn
 
 from vir_hf import checkpoints
 from vir_hf.errors import RecipeError, RunError
+from vir_hf.files import writing
 from vir_hf.llava.modeling_llava import name_in_memory
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ _FREE = (
     "data.check",
     "training.output_dir",
     "training.resume",
+    "training.overwrite_output_dir",
     "training.run_name",
     "training.project",
     "training.on_bad_numbers",
@@ -146,18 +148,15 @@ def choose(recipe: Recipe, *, is_main: bool) -> ResumePoint | None:
 def _choose(recipe: Recipe) -> ResumePoint | None:
     wanted = recipe.training.resume
     output_dir = Path(recipe.training.output_dir)
+    # A weights file that was cut short is made anew, and what is left of it kept under another name.
+    damaged = checkpoints.damaged_weights(output_dir) if wanted == "auto" else None
+    checkpoints.run_folder(output_dir).refuse_foreign(
+        [name for name in checkpoints.OUTPUTS if name != damaged],
+        f"training.output_dir={output_dir}",
+        "Move it away, or name another training.output_dir.",
+    )
     if wanted is None:
-        found = checkpoints.list_checkpoints(output_dir)
-        if found:
-            raise RecipeError(
-                f"training.output_dir={output_dir}: holds {found[0].path.name} of an earlier run. Add --resume "
-                "(training.resume=auto) to go on from it, or name another training.output_dir, or delete it."
-            )
-        if recipe.training.arguments.get("save_strategy") != "no" and _has_finished(output_dir):
-            raise RecipeError(
-                f"training.output_dir={output_dir}: holds the model of a finished run, which this one would replace. Name "
-                "another training.output_dir, or delete it; --resume (training.resume=auto) leaves a finished run as it is."
-            )
+        _refuse_to_replace(recipe, output_dir)
         checkpoints.remove_leftovers(output_dir)
         return None
     for name in checkpoints.remove_leftovers(output_dir):
@@ -172,6 +171,8 @@ def _choose(recipe: Recipe) -> ResumePoint | None:
                     f"training.resume=auto: no checkpoint in {output_dir} is whole ({passed_over[0].path.name}: "
                     f"{passed_over[0].reason}). Delete them to begin again, or name another training.output_dir."
                 )
+            if damaged is None:  # else it is made anew
+                _refuse_to_replace(recipe, output_dir)
             logger.warning("training.resume=auto: no checkpoint in %s, beginning at the start", output_dir)
             return None
         path, step = checkpoint.path, checkpoint.step
@@ -183,18 +184,42 @@ def _choose(recipe: Recipe) -> ResumePoint | None:
                 f"training.resume={wanted}: cannot go on from it: {reason}. Name a whole checkpoint-N folder, or use "
                 "training.resume=auto for the newest whole one."
             )
+        if path.resolve().parent != output_dir.resolve():
+            _refuse_to_replace(recipe, output_dir)
         step = int(json.loads((path / POSITION).read_text(encoding="utf-8"))["step"])
     check_recipe(recipe, path / "recipe.yaml")
     position = json.loads((path / POSITION).read_text(encoding="utf-8"))
     return ResumePoint(path, step, position)
 
 
-def _has_finished(output_dir: Path) -> bool:
-    try:
-        metrics = json.loads((output_dir / "metrics.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(metrics, dict) and bool(metrics.get("is_finished"))
+def _refuse_to_replace(recipe: Recipe, output_dir: Path) -> None:
+    """Raise if an earlier run's checkpoints or model would give way and nobody has said that they may."""
+    if recipe.training.overwrite_output_dir:
+        return
+    found = checkpoints.list_checkpoints(output_dir)
+    if found:
+        raise RecipeError(
+            f"training.output_dir={output_dir}: holds {found[0].path.name} of an earlier run. Add --resume "
+            "(training.resume=auto) to go on from it, or name another training.output_dir, or delete it, or let this run replace "
+            "it (training.overwrite_output_dir=true)."
+        )
+    if checkpoints.read_metrics(output_dir):
+        raise RecipeError(
+            f"training.output_dir={output_dir}: holds the model of a finished run, which this one would replace. Name "
+            "another training.output_dir, or delete it, or let this run replace it (training.overwrite_output_dir=true); "
+            "--resume (training.resume=auto) leaves a finished run as it is."
+        )
+
+
+def let_go_of_earlier_run(recipe: Recipe, point: ResumePoint | None) -> None:
+    """Remove what says that an earlier run in the output directory is whole, and its checkpoints: this one takes its place.
+
+    Its model stays until this run's own is saved. Nothing is removed when a run goes on, or before all was checked.
+    """
+    output_dir = Path(recipe.training.output_dir)
+    if point is None or point.path.resolve().parent != output_dir.resolve():
+        checkpoints.run_folder(output_dir).remove(checkpoints.METRICS)
+        checkpoints.remove_all(output_dir)
 
 
 def is_finished(recipe: Recipe) -> dict[str, Any] | None:
@@ -206,7 +231,7 @@ def is_finished(recipe: Recipe) -> dict[str, Any] | None:
         return None
     output_dir = Path(recipe.training.output_dir)
     try:
-        metrics: dict[str, Any] = json.loads((output_dir / "metrics.json").read_text(encoding="utf-8"))
+        metrics = checkpoints.read_metrics(output_dir)
         changes = recipe_changes(recipe, output_dir / "recipe.yaml")
     except (OSError, ValueError, RecipeError):
         return None
@@ -408,7 +433,8 @@ def save_rest(model: nn.Module, folder: Path) -> None:
         if parameter.requires_grad and parameter.data_ptr() not in held
     }
     if rest:
-        save_file(rest, folder / REST, metadata={"format": "pt"})
+        with writing(folder / REST) as temporary:
+            save_file(rest, temporary, metadata={"format": "pt"})
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import pyarrow as pa
 from filelock import FileLock
 
+from vir_hf import files
 from vir_hf.rows import BadRow
 
 logger = logging.getLogger(__name__)
@@ -97,24 +98,18 @@ def read_bad_rows(path: Path) -> list[BadRow] | None:
 
 def _write(path: Path, rows: Iterable[dict[str, Any] | BadRow]) -> list[BadRow]:
     bad_rows: list[BadRow] = []
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".incomplete")
-    os.close(handle)
     was_collecting = gc.isenabled()
     gc.disable()  # rows are trees, freed at once; looking for cycles in them takes a third of the time
     try:
-        with pa.OSFile(temporary, "wb") as sink, pa.ipc.new_stream(sink, ROW_SCHEMA) as writer:
-            for batch in _batches(rows, bad_rows):
-                writer.write_batch(to_record_batch(batch))
-        os.replace(temporary, path)
+        with files.writing(path) as temporary:
+            with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, ROW_SCHEMA) as writer:
+                for batch in _batches(rows, bad_rows):
+                    writer.write_batch(to_record_batch(batch))
     finally:
         if was_collecting:
             gc.enable()
-        if os.path.exists(temporary):
-            os.unlink(temporary)
     # Written last: its presence says that the Arrow file is complete.
-    report = Path(f"{temporary}.json")
-    report.write_text(json.dumps([dataclasses.asdict(bad) for bad in bad_rows]), encoding="utf-8")
-    os.replace(report, path.with_suffix(".json"))
+    files.write_text(path.with_suffix(".json"), json.dumps([dataclasses.asdict(bad) for bad in bad_rows]))
     return bad_rows
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from typing import Any
+
+from vir_hf import files
+from vir_hf.commands.outputs import add_overwrite, recipe_inputs, refuse_outputs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,11 +21,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="experiment=NAME and section.key=value")
     parser.add_argument("--recipe", help="a recipe.yaml that a run has written")
     parser.add_argument("--json", metavar="FILE", help="write the figures to a file, or - for standard output")
+    add_overwrite(parser)
     options = parser.parse_args(argv)
 
     from vir_hf.recipe import load_recipe
 
     recipe = load_recipe(options.overrides, recipe_file=options.recipe)
+    inputs = recipe_inputs(recipe, options.recipe)
+    refuse_outputs([("--json", options.json)], inputs, overwrite=options.overwrite)
     if not recipe.training.feature_cache:
         recipe.training.feature_cache = True
 
@@ -45,13 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "bytes": len(cache) * cache.bytes_per_image,
     }
     if options.json == "-":
-        print(json.dumps(figures, indent=2))
+        print(files.as_report(figures), end="")
     else:
         print(f"{len(cache)} pictures, {figures['bytes'] / 1e9:.3f} GB in {cache.folder}")
         print(f"next: vir-hf train ... training.feature_cache={cache.folder}")
     if options.json and options.json != "-":
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump(figures, file, indent=2)
+        files.write_text(options.json, files.as_report(figures))
     return 0
 
 
