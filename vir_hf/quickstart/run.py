@@ -20,10 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from vir_hf.errors import RecipeError
 from vir_hf.evaluation import Case, write_results, write_samples
+from vir_hf.images import open_image
 from vir_hf.inference import Answerer, Question
 from vir_hf.json_files import write_json
 from vir_hf.quickstart.drawing import KINDS, draw_blank, write_pictures
@@ -161,7 +160,7 @@ def evaluate(
         "num_heldout_pictures": len(set(paths)),
     }
     shown = choose_samples(paths, kinds, seed)
-    return scores, [Sample(Image.open(paths[i]).convert("RGB"), *asked[i], seen[i]) for i in shown]
+    return scores, [Sample(open_image(paths[i]), *asked[i], seen[i]) for i in shown]
 
 
 def report(output_dir: Path, scores: dict[str, Any], samples: list[Sample]) -> None:
