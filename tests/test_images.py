@@ -26,6 +26,7 @@ from PIL import (
 from transformers import CLIPImageProcessor
 
 from vir_hf.errors import DataError, ImageError
+from vir_hf.identity import Itself, picture_identity
 from vir_hf.image_folder import ImageFolder
 from vir_hf.images import FORMATS, is_upright, open_image, read_image_header, read_image_size
 from vir_hf.preprocessing import ImagePreprocessor
@@ -218,6 +219,7 @@ def test_no_picture_starts_another_program(kind: str, started: Path, tmp_path: P
         started.unlink(missing_ok=True)  # by Pillow's own opening
         with pytest.raises(ImageError, match="image: is a .* file; expected JPEG") as caught:
             open_image(opened)
+        assert isinstance(picture_identity(opened), Itself)
     assert not started.exists()
 
 

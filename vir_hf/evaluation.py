@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import random
 import re
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,10 +15,11 @@ from typing import Any
 
 from PIL import Image
 
+from vir_hf.checkpoints import OF_EVALUATION, run_folder
 from vir_hf.errors import DataError
+from vir_hf.files import writing
 from vir_hf.images import open_image
 from vir_hf.inference import Answerer, Question
-from vir_hf.json_files import write_json
 from vir_hf.questions import row_question, row_references
 
 EVALUATION = "evaluation.json"
@@ -166,12 +166,23 @@ def choose_samples(cases: Sequence[Case], num_samples: int, seed: int = 0) -> li
     return chosen
 
 
+def check_results(run: Path) -> None:
+    """Raise before anything is asked if the results would take the place of files that are not ours.
+
+    Raises:
+        RecipeError: which file.
+    """
+    run_folder(run).refuse_foreign(
+        OF_EVALUATION, str(run), "Move it away: the results of vir-hf evaluate get these names."
+    )
+
+
 def write_results(run: Path, results: Sequence[Mapping[str, Any]]) -> None:
     """Put the results into the run's `evaluation.json`; earlier ones about other data stay."""
     path = run / EVALUATION
     names = {result["dataset"] for result in results}
     earlier = json.loads(path.read_text(encoding="utf-8"))["results"] if path.is_file() else []
-    write_json(path, {"results": [*(r for r in earlier if r["dataset"] not in names), *results]})
+    run_folder(run).write_json(EVALUATION, {"results": [*(r for r in earlier if r["dataset"] not in names), *results]})
 
 
 def write_samples(run: Path, cases: Sequence[Case], before: Sequence[str], after: Sequence[str]) -> None:
@@ -181,14 +192,17 @@ def write_samples(run: Path, cases: Sequence[Case], before: Sequence[str], after
         cases: each with a picture at least; the first is shown.
         before, after: the answer to each before and after tuning.
     """
-    folder = run / SAMPLE_FOLDER
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    output = run_folder(run)
+    staging = output.stage(SAMPLE_FOLDER)
     listed = []
     for number, (case, earlier, later) in enumerate(zip(cases, before, after, strict=True), 1):
-        name = f"{SAMPLE_FOLDER}/{number}.jpg"
+        name = f"{number}.jpg"
         shown = open_image(case.question.images[0])
         shown.thumbnail((768, 768))
-        shown.save(run / name, quality=90)  # pixels only: neither a place nor a camera is written
-        listed.append({"image": name, "question": case.question.text, "before": earlier, "after": later})
-    write_json(run / SAMPLES, listed)
+        with writing(staging / name) as temporary:
+            shown.save(temporary, "JPEG", quality=90)  # pixels only: neither a place nor a camera is written
+        listed.append(
+            {"image": f"{SAMPLE_FOLDER}/{name}", "question": case.question.text, "before": earlier, "after": later}
+        )
+    output.replace_folder(SAMPLE_FOLDER, staging)
+    output.write_json(SAMPLES, listed)

@@ -70,7 +70,7 @@ def open_image(
             image_too_large, image_outside_folder, image_url.
     """
     if isinstance(source, Image.Image):
-        if isinstance(source, ImageFile.ImageFile) and source.format not in FORMATS:  # decoding is still to come
+        if not may_be_decoded(source):
             raise _unknown_kind("image", f"is a {source.format} file")
         return _load(source, "image")
     data, name = read_image_bytes(source, image_folder, allow_urls=allow_urls)
@@ -122,6 +122,11 @@ def open_lazily(file: BinaryIO) -> ImageFile.ImageFile:
         UnidentifiedImageError, or whatever Pillow raises at a damaged header.
     """
     return Image.open(file, formats=_registered_formats())
+
+
+def may_be_decoded(image: Image.Image) -> bool:
+    """Whether a PIL image that somebody else opened is of one of `FORMATS`, or was never a file."""
+    return not isinstance(image, ImageFile.ImageFile) or image.format in FORMATS
 
 
 @functools.cache

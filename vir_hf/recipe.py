@@ -19,7 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from vir_hf import recipe_files, recipe_keys, recipe_rules, upstream
+from vir_hf import files, recipe_files, recipe_keys, recipe_rules, upstream
 from vir_hf.errors import RecipeError
 
 
@@ -55,6 +55,12 @@ class ModelSection:
     # Short ways to say it; both are written out into quantization and trainable, and are null afterwards.
     use_qlora: bool | None = None
     load_in_4bit: bool | None = None
+
+    def tokenizer_source(self) -> tuple[str | None, str | None]:
+        """Name and revision of the tokenizer: `revision` is one of the model's repository, so only of a tokenizer in it."""
+        main = self.name_or_path or self.language_model
+        name = main if self.name_or_path else self.tokenizer or main
+        return name, self.revision if name == main else None
 
 
 @dataclass
@@ -108,6 +114,7 @@ class TrainingSection:
     max_tokens_per_batch: int | None = None
     feature_cache: str | bool | None = None
     resume: str | None = None
+    overwrite_output_dir: bool = False
     on_bad_numbers: Literal["raise", "skip"] = "raise"
     max_skipped_steps: int = 10
     on_out_of_memory: Literal["raise", "split"] = "raise"
@@ -202,11 +209,7 @@ class Recipe:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `to_yaml()` to a file, whole or not at all."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-        temporary.write_text(self.to_yaml(), encoding="utf-8")
-        os.replace(temporary, target)
+        files.write_text(path, self.to_yaml())
 
 
 class RecipeArgumentParser(argparse.ArgumentParser):

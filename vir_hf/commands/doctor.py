@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import platform
 import sys
 from collections.abc import Sequence
 from importlib import metadata, util
 from typing import Any
+
+from vir_hf import files
+from vir_hf.commands.outputs import add_overwrite, recipe_inputs, refuse_outputs
 
 _PACKAGES = (
     "torch",
@@ -38,24 +40,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--recipe", help="a recipe.yaml that a run has written")
     parser.add_argument("--rows", type=int, default=8, help="rows to compare (default 8)")
     parser.add_argument("--json", metavar="FILE", help="write the findings to a file, or - for standard output")
+    add_overwrite(parser)
     options = parser.parse_args(argv)
     recipe = None
     if options.overrides or options.recipe:
         from vir_hf.recipe import load_recipe
 
         recipe = load_recipe(options.overrides, recipe_file=options.recipe)
+    inputs = [] if recipe is None else recipe_inputs(recipe, options.recipe)
+    refuse_outputs([("--json", options.json)], inputs, overwrite=options.overwrite)
     findings: dict[str, Any] = {"machine": machine()}
     if recipe is not None:
         findings["comparisons"] = prove(recipe, options.rows)
     if options.json != "-":
         show(findings)
     if options.json:
-        text = json.dumps(findings, indent=2)
+        text = files.as_report(findings)
         if options.json == "-":
-            print(text)
+            print(text, end="")
         else:
-            with open(options.json, "w", encoding="utf-8") as file:
-                file.write(text + "\n")
+            files.write_text(options.json, text)
     return 0 if all(entry["is_exact"] for entry in findings.get("comparisons", [])) else 1
 
 
@@ -89,9 +93,11 @@ def prove(recipe: Any, num_rows: int) -> list[dict[str, Any]]:
 
     from vir_hf.data import load_recipe_rows
     from vir_hf.exactness import compare_ways
+    from vir_hf.language_models import fit_to_language_model
     from vir_hf.loading import Precision, load_model_and_processor
     from vir_hf.trainable import make_trainable
 
+    recipe = fit_to_language_model(recipe)
     recipe.quantization.arguments.clear()  # 4-bit weights compute in 16 bit, too coarse for a proof
     torch.manual_seed(0)
     model, processor = load_model_and_processor(recipe, Precision(torch.float32, None, "a proof is in fp32"))
@@ -103,7 +109,9 @@ def prove(recipe: Any, num_rows: int) -> list[dict[str, Any]]:
         trained.enable_input_require_grads()
         trained.activation_checkpointing_enable({"use_reentrant": False})
     chosen = [rows[number] for number in range(min(num_rows, len(rows)))]
-    comparisons = compare_ways(trained, processor, chosen, recipe.training.max_length)
+    comparisons = compare_ways(
+        trained, processor, chosen, recipe.training.max_length, padding_free=recipe.training.padding_free
+    )
     return [{**dataclasses.asdict(entry), "is_exact": entry.is_exact} for entry in comparisons]
 
 

@@ -58,6 +58,8 @@ def main(argv: list[str]) -> int:
             raise RecipeError(f"evaluate: --{name.replace('_', '-')} {getattr(arguments, name)}; expected at least 1.")
     if arguments.samples < 0:
         raise RecipeError(f"evaluate: --samples {arguments.samples}; expected 0 or more.")
+    from vir_hf.evaluation import check_results
+
     run = Path(arguments.run)
     if not run.is_dir():
         raise RecipeError(
@@ -65,6 +67,7 @@ def main(argv: list[str]) -> int:
         )
     if not any((run / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise RecipeError(f"{run}: holds neither a model nor an adapter; name the output directory of a finished run.")
+    check_results(run)
     return _evaluate(run, arguments)
 
 
@@ -128,7 +131,7 @@ def _before_tuning(run: Path, answerer: Answerer) -> Iterator[Answerer]:
         RecipeError: the run has no recipe, or its parts are not there any more.
     """
     from vir_hf.inference import Answerer
-    from vir_hf.loading import choose_precision, load_model_and_processor
+    from vir_hf.loading import Precision, load_model_and_processor
     from vir_hf.recipe import load_recipe
 
     if hasattr(answerer.model, "disable_adapter"):
@@ -142,9 +145,8 @@ def _before_tuning(run: Path, answerer: Answerer) -> Iterator[Answerer]:
         )
     recipe = load_recipe(recipe_file=recipe_file, require_data=False)
     device = next(answerer.model.parameters()).device
-    model, processor = load_model_and_processor(
-        recipe, choose_precision(recipe.model.dtype, use_cpu=device.type == "cpu")
-    )
+    same = Precision(answerer.model.dtype, None, "the run's own, to compare with")
+    model, processor = load_model_and_processor(recipe, same)
     yield Answerer(model.to(device), processor)
 
 
