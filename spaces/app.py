@@ -19,10 +19,9 @@ from typing import Any
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
 
 import gradio as gr
-from PIL import Image
 
 from vir_hf.errors import DataError
-from vir_hf.images import open_image
+from vir_hf.images import open_image, read_image_size
 from vir_hf.inference import Answerer, Prompt, Question
 
 logger = logging.getLogger("vir_hf.demo")
@@ -230,12 +229,7 @@ class Demo:
 
 def check_picture(path: str, max_megapixels: int) -> None:
     """Raise a `DataError` for a picture that is too large or cannot be decoded."""
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-    except Exception:  # whatever Pillow says about a broken header, open_image says in words
-        open_image(path)
-        raise
+    width, height = read_image_size(path)
     if width * height > max_megapixels * 1_000_000:
         raise DataError(
             f"{Path(path).name}: {width} x {height} pixels; this demo takes at most {max_megapixels} megapixels. Make it smaller."
@@ -397,7 +391,8 @@ def build(settings: Settings) -> gr.Blocks:
                 elem_id="views",
             )
         with gr.Accordion("Webcam", open=False, elem_id="webcam"):
-            camera = gr.Image(sources=["webcam"], type="filepath", label="Webcam", height=280)
+            # Without image_mode Gradio hands on the file as it came. It would open and decode it, of whatever kind it is.
+            camera = gr.Image(sources=["webcam"], type="filepath", image_mode=None, label="Webcam", height=280)
         with gr.Accordion("Settings", open=False, elem_id="settings"):
             system.render()
             with gr.Row():

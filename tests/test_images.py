@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import pickle
 import socket
+import struct
 import tarfile
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import (
+    BufrStubImagePlugin,
+    EpsImagePlugin,
+    GribStubImagePlugin,
+    Hdf5StubImagePlugin,
+    Image,
+    WmfImagePlugin,
+)
+from transformers import CLIPImageProcessor
 
 from vir_hf.errors import DataError, ImageError
+from vir_hf.identity import Itself, picture_identity
 from vir_hf.image_folder import ImageFolder
-from vir_hf.images import open_image, read_image_header
+from vir_hf.images import FORMATS, is_upright, open_image, read_image_header, read_image_size
+from vir_hf.preprocessing import ImagePreprocessor
 
 
 def encode(image: Image.Image, image_format: str = "PNG", **options) -> bytes:
@@ -127,6 +139,105 @@ def test_bombs_are_refused_before_they_are_decoded():
     data = encode(huge)
     assert len(data) < 100_000
     assert kind_of(data) == "image_too_large"
+
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n0 0 10 10 rectfill\nshowpage\n"
+STRANGE = {  # kinds whose pictures other programs, or whatever a program registered, would draw
+    "eps": POSTSCRIPT,
+    "eps_with_preview": b"\xc5\xd0\xd3\xc6"
+    + struct.pack("<IIIIIIH", 32, len(POSTSCRIPT), 0, 0, 0, 0, 0xFFFF)
+    + b"\0\0"
+    + POSTSCRIPT,
+    "pdf": b"%PDF-1.4\n1 0 obj\n<< /Type /Catalog >>\nendobj\n%%EOF\n",
+    "wmf": b"\xd7\xcd\xc6\x9a\0\0"
+    + struct.pack("<hhhhH", 0, 0, 100, 100, 72)
+    + b"\0" * 6
+    + b"\x01\0\x09\0"
+    + b"\0" * 80,
+    "emf": b"\x01\0\0\0" + struct.pack("<I8i", 108, 0, 0, 10, 10, 0, 0, 999, 999) + b" EMF" + b"\0" * 80,
+    "grib": b"GRIB" + b"\0\0\0\x01" + b"\0" * 80,
+    "hdf5": b"\x89HDF\r\n\x1a\n" + b"\0" * 80,
+    "bufr": b"BUFR" + b"\0" * 80,
+    "fits": b"".join(
+        card.ljust(80)
+        for card in (
+            b"SIMPLE  =                    T",
+            b"BITPIX  =                    8",
+            b"NAXIS   =                    2",
+        )
+    )
+    + b"NAXIS1  =                    4".ljust(80)
+    + b"NAXIS2  =                    4".ljust(80)
+    + b"END".ljust(80 * 31)
+    + b"\0" * 2880,
+    "mpeg": b"\x00\x00\x01\xb3" + b"\x01\x00\x10" + b"\0" * 80,
+}
+
+
+@pytest.fixture
+def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file that appears when Ghostscript is started; what a program registered to draw other kinds fails the test."""
+    program = tmp_path / "bin" / "gs"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\ntouch {tmp_path / "started"}\n[ "$1" = --version ] && echo 10.0\nexit 0\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+
+    class Handler:
+        def open(self, image: object) -> None:
+            (tmp_path / "started").touch()
+
+        load = open
+
+    for plugin in (WmfImagePlugin, GribStubImagePlugin, Hdf5StubImagePlugin, BufrStubImagePlugin):
+        monkeypatch.setattr(plugin, "_handler", Handler())
+    return tmp_path / "started"
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+def test_no_picture_starts_another_program(kind: str, started: Path, tmp_path: Path):
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(STRANGE[kind])
+    readers = [
+        open_image,
+        read_image_header,
+        read_image_size,
+        lambda source: open_image({"bytes": path.read_bytes(), "path": None}),
+        ImagePreprocessor(CLIPImageProcessor()),
+    ]
+    for read in readers:
+        with pytest.raises(ImageError, match="is no image file of a kind opened here") as caught:
+            read(str(path))
+        assert caught.value.kind == "image_unreadable" and len(str(caught.value)) < 500
+    assert not is_upright(b"\xff\xd8\xff\xe1" + STRANGE[kind])
+    try:
+        opened = Image.open(path)
+    except Exception:
+        opened = None  # Pillow itself knows no such kind, or not this one
+    if opened is not None:
+        started.unlink(missing_ok=True)  # by Pillow's own opening
+        with pytest.raises(ImageError, match="image: is a .* file; expected JPEG") as caught:
+            open_image(opened)
+        assert isinstance(picture_identity(opened), Itself)
+    assert not started.exists()
+
+
+def test_a_program_would_be_started_without_the_list_of_kinds(started: Path):
+    with contextlib.suppress(Exception):
+        Image.open(io.BytesIO(POSTSCRIPT)).load()
+    assert started.exists()
+
+
+def test_every_kind_on_the_list_that_pillow_writes_is_opened():
+    drawn = {}
+    for name in FORMATS:
+        if name in Image.SAVE:
+            with contextlib.suppress(ValueError, OSError, KeyError):  # a mode or a size that the kind does not have
+                drawn[name] = encode(half_red((32, 32)), name)
+    assert {"JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO", "TGA", "PCX"} <= set(drawn)
+    for name, data in drawn.items():
+        assert open_image(data).mode == "RGB" and read_image_size(data) == open_image(data).size, name
 
 
 def test_an_error_survives_the_way_back_from_a_worker_process():

@@ -137,6 +137,34 @@ def app() -> Any:
     return load_app()
 
 
+@pytest.mark.parametrize(
+    "head", [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n0 0 10 10 rectfill\n"]
+)
+def test_an_upload_starts_no_other_program(
+    app: Any, head: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gradio
+    from PIL import EpsImagePlugin
+
+    from vir_hf.errors import DataError
+
+    program = tmp_path / "gs"
+    program.write_text(f'#!/bin/sh\ntouch {tmp_path / "started"}\n[ "$1" = --version ] && echo 10.0\nexit 0\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    upload = tmp_path / "photo.jpg"
+    upload.write_bytes(head)
+    with pytest.raises(DataError, match="is no image file of a kind opened here"):
+        app.check_picture(str(upload), 40)
+    camera = gradio.Image(
+        sources=["webcam"], type="filepath", image_mode=None
+    )  # as the page has it, see test_structure
+    payload = gradio.data_classes.ImageData(path=str(upload), orig_name="photo.jpg")
+    assert camera.preprocess(payload) == str(upload)
+    assert not (tmp_path / "started").exists()
+
+
 class Served:
     """A demo running in this process."""
 

@@ -173,6 +173,23 @@ def nodes() -> Iterator[tuple[str, ast.AST]]:
                 yield f"{module.path.relative_to(ROOT)}:{node.lineno}", node
 
 
+def test_pictures_are_opened_in_one_place() -> None:
+    """By the list of kinds in `images.FORMATS`: Pillow would start another program for some of its other kinds."""
+    paths = [*PACKAGE.rglob("*.py"), *(ROOT / "spaces").rglob("*.py")]
+    calls = []
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and ast.unparse(node).endswith("Image.open"):
+                calls.append(path.relative_to(ROOT).as_posix())
+            if isinstance(node, ast.Name) and node.id in ("load_image", "load_images"):  # transformers' own way to open
+                calls.append(path.relative_to(ROOT).as_posix())
+            if (
+                isinstance(node, ast.Call) and ast.unparse(node.func) == "gr.Image"
+            ):  # else Gradio decodes uploads by itself
+                assert "image_mode=None" in ast.unparse(node) and "type='filepath'" in ast.unparse(node)
+    assert len(calls) == 1 and calls[0].endswith("images.py")
+
+
 def test_assert_is_for_tests() -> None:
     assert [place for place, node in nodes() if isinstance(node, ast.Assert)] == []
 

@@ -22,6 +22,7 @@ from PIL import Image
 
 from vir_hf.errors import ImageError
 from vir_hf.image_folder import is_url, split_place
+from vir_hf.images import may_be_decoded
 
 CONTENT = "bytes:"  # what the identity of undecoded content begins with; a place never does
 _ORIENTATION = 0x0112
@@ -166,6 +167,8 @@ def _identity_of_place(place: str, folders: Folders | None = None) -> str:
 
 
 def _identity_of_image(image: Image.Image) -> Hashable:
+    if not may_be_decoded(image):
+        return Itself(image)
     try:
         content = image.tobytes()
         palette = image.getpalette(None)

@@ -8,6 +8,7 @@ Colour profiles are ignored, as the models' own processors do.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import re
@@ -15,7 +16,7 @@ import warnings
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError
 
 from vir_hf.errors import DataError, ImageError
 from vir_hf.image_folder import ImageFolder, is_url, open_file, read_bytes, split_place
@@ -25,6 +26,29 @@ _ORIENTATION = 0x0112
 _APP1, _START_OF_SCAN = 0xE1, 0xDA  # markers of a JPEG file
 _TAIL_BYTES = 2**12
 _ENDINGS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # what stands at or near the end of a whole file
+# Pillow's words for the kinds that are opened, the frequent ones first: plain grids of pixels that Pillow decodes by itself. Its
+# others start another program (EPS: Ghostscript), hand over to whatever a program registered (WMF, GRIB, HDF5, BUFR), open the
+# picture inside them as any kind (IPTC) or unpack without a limit (FITS). HEIF is opened where a plugin for it is registered.
+FORMATS = (
+    *(
+        "JPEG",
+        "PNG",
+        "WEBP",
+        "GIF",
+        "BMP",
+        "TIFF",
+        "MPO",
+        "AVIF",
+        "HEIF",
+        "JPEG2000",
+        "PPM",
+        "DIB",
+        "ICO",
+        "CUR",
+        "ICNS",
+    ),
+    *("TGA", "PSD", "PCX", "DCX", "DDS", "SGI", "QOI", "SUN", "XBM", "XPM", "MSP", "IM", "BLP", "FLI"),
+)
 _SAME_FORMATS = {"JPEG": ("MPO",), "PNG": ("APNG",), "TIFF": ("MPO",), "DIB": ("BMP",), "BMP": ("DIB",)}
 
 ImageSource = str | os.PathLike[str] | bytes | dict[str, Any] | Image.Image
@@ -46,6 +70,8 @@ def open_image(
             image_too_large, image_outside_folder, image_url.
     """
     if isinstance(source, Image.Image):
+        if not may_be_decoded(source):
+            raise _unknown_kind("image", f"is a {source.format} file")
         return _load(source, "image")
     data, name = read_image_bytes(source, image_folder, allow_urls=allow_urls)
     return decode_image(data, name)
@@ -89,10 +115,52 @@ def decode_image(data: bytes, name: str) -> Image.Image:
         return _load(_open(io.BytesIO(data), name), name)
 
 
+def open_lazily(file: BinaryIO) -> ImageFile.ImageFile:
+    """Return Pillow's image of a file of one of `FORMATS`, undecoded. Nothing else calls `Image.open`.
+
+    Raises:
+        UnidentifiedImageError, or whatever Pillow raises at a damaged header.
+    """
+    return Image.open(file, formats=_registered_formats())
+
+
+def may_be_decoded(image: Image.Image) -> bool:
+    """Whether a PIL image that somebody else opened is of one of `FORMATS`, or was never a file."""
+    return not isinstance(image, ImageFile.ImageFile) or image.format in FORMATS
+
+
+@functools.cache
+def _registered_formats() -> tuple[str, ...]:
+    Image.init()  # for a kind it does not know Pillow would raise a KeyError
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _unknown_kind(name: str, found: str) -> ImageError:
+    return ImageError(
+        "image_unreadable",
+        f"{name}: {found}; expected JPEG, PNG, WebP, GIF, BMP, TIFF or another raster image that Pillow {Image.__version__} "
+        "decodes by itself. Fetch it again, convert it, or drop its rows.",
+    )
+
+
+def read_image_size(source: str | os.PathLike[str] | bytes | dict[str, Any]) -> tuple[int, int]:
+    """Return width and height in pixels as the header says, before the orientation is applied; nothing is decoded.
+
+    Raises:
+        ImageError: as `open_image`.
+    """
+    data, name = read_image_bytes(source)
+    if not data:
+        decode_image(data, name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _open(io.BytesIO(data), name).size
+
+
 def _open(file: BinaryIO, name: str) -> Image.Image:
     """Return Pillow's lazily opened image: its header is read, its size checked, nothing is decoded."""
     try:
-        image = Image.open(file)
+        image = open_lazily(file)
     except Image.DecompressionBombError as error:
         found = re.search(r"\d+ pixels", str(error))  # Pillow's own limit, which it goes on to name, is twice ours
         raise ImageError(
@@ -101,10 +169,7 @@ def _open(file: BinaryIO, name: str) -> Image.Image:
             "Shrink the picture.",
         ) from error
     except UnidentifiedImageError as error:
-        raise ImageError(
-            "image_unreadable",
-            f"{name}: is no image file Pillow {Image.__version__} knows. Fetch it again, or drop its rows.",
-        ) from error
+        raise _unknown_kind(name, "is no image file of a kind opened here") from error
     except Exception as error:  # damaged headers make Pillow's plugins raise almost anything
         kind = "image_too_large" if "too large" in str(error) else "image_unreadable"
         raise ImageError(
@@ -193,7 +258,7 @@ def is_upright(data: bytes) -> bool:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return bool(Image.open(io.BytesIO(data)).getexif().get(_ORIENTATION, 1) == 1)
+            return bool(open_lazily(io.BytesIO(data)).getexif().get(_ORIENTATION, 1) == 1)
     except Exception:  # a damaged header: Pillow shall say so
         return False
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
 from torch.nn import functional
@@ -26,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from vir_hf.images import open_image
 from vir_hf.quickstart.drawing import COLOURS, PICTURE_SIZE, PLACES, SHAPES, Scene
 
 PATCH_SIZE = 16
@@ -65,7 +65,7 @@ def make_vision_tower(folder: Path, images: list[Path], scenes: list[Scene], *, 
     image_processor = CLIPImageProcessorPil(
         size={"shortest_edge": PICTURE_SIZE}, crop_size=size, image_mean=[0.5] * 3, image_std=[0.25] * 3
     )
-    pixels = torch.from_numpy(np.stack([np.array(Image.open(path).convert("RGB")) for path in images]))
+    pixels = torch.from_numpy(np.stack([np.array(open_image(path)) for path in images]))
     pixels = pixels.permute(0, 3, 1, 2)  # (num_images, 3, height, width), 8 bit
     colours, shapes, places = patch_attributes(scenes)
     head = nn.Linear(HIDDEN_SIZE, len(COLOURS) + 1 + len(SHAPES) + 1 + len(PLACES))

@@ -20,12 +20,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from vir_hf.checkpoints import METRICS, OUTPUTS, read_metrics, run_folder
 from vir_hf.errors import RecipeError
 from vir_hf.evaluation import Case, write_results, write_samples
 from vir_hf.files import OutputFolder
+from vir_hf.images import open_image
 from vir_hf.inference import Answerer, Question
 from vir_hf.quickstart.drawing import KINDS, draw_blank, write_pictures
 from vir_hf.quickstart.panel import Sample, draw_panel
@@ -194,7 +193,7 @@ def evaluate(
         "num_heldout_pictures": len(set(paths)),
     }
     shown = choose_samples(paths, kinds, seed)
-    return scores, [Sample(Image.open(paths[i]).convert("RGB"), *asked[i], seen[i]) for i in shown]
+    return scores, [Sample(open_image(paths[i]), *asked[i], seen[i]) for i in shown]
 
 
 def report(output_dir: Path, scores: dict[str, Any], samples: list[Sample]) -> None:
