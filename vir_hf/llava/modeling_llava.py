@@ -27,6 +27,7 @@ from transformers.models.llava.modeling_llava import LlavaModelOutputWithPast
 
 from .attention import SegmentLayout, segment_mask_sentinel, use_segment_attention
 from .configuration_llava import NATIVE_PROJECTOR_TYPE, LlavaConfig, projector_type_of
+from .portable import make_config_portable
 from .projectors import build_projector
 
 
@@ -475,7 +476,8 @@ def _finish_config(folder: Path, is_native: bool) -> None:
             "AutoModelForCausalLM": "modeling_llava.LlavaForCausalLM",
             "AutoModelForImageTextToText": "modeling_llava.LlavaForCausalLM",
         }
-        for name in ("configuration_llava.py", "projectors.py", "attention.py", "modeling_llava.py"):
+        for name in ("configuration_llava.py", "projectors.py", "attention.py", "portable.py", "modeling_llava.py"):
             source = Path(__file__).with_name(name)
             (folder / name).write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    make_config_portable(folder)
