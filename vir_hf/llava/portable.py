@@ -85,6 +85,8 @@ def make_processor_portable(folder: Path) -> None:
             config["additional_special_tokens"] = extra
         if tokenizer is not None:
             config["tokenizer_class"] = TOKENIZER_CLASS
+            # transformers 4 would add token_type_ids, which no causal language model takes.
+            config.setdefault("model_input_names", ["input_ids", "attention_mask"])
             config["added_tokens_decoder"] = {
                 str(token["id"]): {key: value for key, value in token.items() if key != "id"}
                 for token in tokenizer.get("added_tokens", [])
