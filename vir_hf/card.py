@@ -174,6 +174,7 @@ def _with_transformers(facts: RunFacts, repo_id: str) -> str:
     is_native = facts.model_type == "llava"
     model_class = "LlavaForConditionalGeneration" if is_native else "AutoModelForImageTextToText"
     trust = "" if is_native else ", trust_remote_code=True"
+    own = "" if is_native else " The code of its projector needs transformers 5."
     imports = f"from transformers import AutoProcessor, {model_class}"
     if facts.is_adapter:
         base = facts.adapter_base or facts.value("model.name_or_path") or "BASE"
@@ -198,7 +199,7 @@ output = model.generate(**inputs, max_new_tokens=100, do_sample=False)
 print(processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True).strip())
 ```
 
-`add_special_tokens=False` matters: the chat template writes the beginning of the text itself."""
+`add_special_tokens=False` matters: the chat template writes the beginning of the text itself.{own}"""
 
 
 def _with_vir_hf(repo_id: str) -> str:

@@ -320,6 +320,8 @@ def _rewrite_paths(folder: Path, run: Path) -> None:
             return [rewritten(item, is_ours) for item in value]
         if not isinstance(value, str):
             return value
+        if is_ours and ": " in value:  # a message, such as "FILE: cannot be opened"
+            return ": ".join(rewritten(part, is_ours) for part in value.split(": "))
         if _ABSOLUTE.fullmatch(value) or (is_ours and (_RELATIVE.match(value) or _is_path_here(value))):
             return re.split(r"[\\/]", value.rstrip("\\/"))[-1]
         if is_ours:  # a message that names a file
