@@ -10,16 +10,20 @@ import shutil
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import tiny
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from vir_hf import checkpoints, resume, training
+from vir_hf.data import load_llava_dataset
 from vir_hf.errors import RecipeError, RunError
 from vir_hf.recipe import Recipe, load_recipe
 from vir_hf.signals import RunStopped
@@ -223,6 +227,48 @@ def test_data_may_move(runs: Any, tiny_parts: Path, tmp_path: Path) -> None:
     moved = [f"data.data_path={tmp_path / 'same.json'}", f"data.image_folder={tmp_path / 'elsewhere'}"]
     train(recipe_for(tiny_parts, output_dir, "full", "training.resume=auto", *moved))
     assert_same_run(runs("full"), output_dir)
+
+
+def fingerprint_of(root: Path, names: list[str], contents: dict[str, bytes] | None = None) -> dict[str, Any]:
+    """The fingerprint of one row a picture; `names` below `root`, or names of `contents`, which is embedded."""
+    turns = [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "!"}]
+    if contents is None:
+        rows = [{"id": str(n), "image": name, "conversations": turns} for n, name in enumerate(names)]
+        path = root / "rows.json"
+        path.write_text(json.dumps(rows))
+    else:
+        pictures = [{"bytes": contents[name], "path": "0001.png"} for name in names]
+        rows = [{"id": str(n), "image": picture, "conversations": turns} for n, picture in enumerate(pictures)]
+        path = root / "rows.parquet"
+        datasets.Dataset.from_list(rows).to_parquet(path)
+    return resume.data_fingerprint(load_llava_dataset(path, decode_images=False))
+
+
+def test_rows_that_show_another_picture_of_the_same_name_are_other_rows(tmp_path: Path) -> None:
+    for name in ("red/0001.png", "blue/0001.png", "red/0002.png"):
+        path = tmp_path / "data" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), "red").save(path)
+    names = ["red/0001.png", "red/0002.png", "blue/0001.png"]
+    before = fingerprint_of(tmp_path / "data", names)
+    assert fingerprint_of(tmp_path / "data", ["red/0001.png", "red/0002.png", "red/0001.png"]) != before
+    (tmp_path / "data").rename(tmp_path / "moved")
+    assert fingerprint_of(tmp_path / "moved", names) == before
+    with zipfile.ZipFile(tmp_path / "pictures.zip", "w") as archive:
+        for name in names:
+            archive.write(tmp_path / "moved" / name, name)
+    packed = load_llava_dataset(tmp_path / "moved" / "rows.json", tmp_path / "pictures.zip", decode_images=False)
+    assert resume.data_fingerprint(packed) == before  # moved into an archive
+    other = [names[0], names[2], names[1]]
+    assert fingerprint_of(tmp_path / "moved", other) != before
+
+
+def test_embedded_pictures_are_compared_by_content(tmp_path: Path) -> None:
+    contents = {"one": b"1111", "two": b"2222"}
+    before = fingerprint_of(tmp_path, ["one", "two"], contents)
+    assert fingerprint_of(tmp_path, ["one", "two"], contents) == before
+    assert fingerprint_of(tmp_path, ["two", "one"], contents) != before
+    assert before["pictures"] == [[0, 4], [1, 4]]
 
 
 def test_a_replaced_base_model_is_refused(runs: Any, tiny_parts: Path, tmp_path: Path) -> None:

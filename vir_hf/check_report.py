@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vir_hf import html_pages
 from vir_hf.checks import ERRORS, REMEDIES
+from vir_hf.errors import clipped
 
 if TYPE_CHECKING:
     from vir_hf.checks import CheckReport, Problem
@@ -29,6 +30,7 @@ def report_as_json(report: CheckReport, batch_size: int = 16) -> dict[str, Any]:
         "is_decoded": report.is_decoded,
         "seconds": round(report.seconds, 2),
         "kinds": report.kinds(),
+        "unread_keys": dict(report.unread.most_common()),
         "statistics": statistics(report, batch_size),
         "problems": [_problem_as_json(problem, has_several) for problem in report.problems],
     }
@@ -44,6 +46,13 @@ def _problem_as_json(problem: Problem, has_several: bool) -> dict[str, Any]:
         "severity": problem.severity,
         "detail": problem.detail,
     }
+
+
+def unread_note(report: CheckReport) -> str:
+    """Return the keys of no known meaning and how many rows have each, in one line."""
+    listed = [f"{name} ({count:,} rows)" for name, count in report.unread.most_common(12)]
+    more = f" and {len(report.unread) - len(listed)} more" if len(report.unread) > len(listed) else ""
+    return clipped(f"Keys that nothing reads: {', '.join(listed)}{more}.")
 
 
 def statistics(report: CheckReport, batch_size: int = 16) -> dict[str, Any]:
@@ -116,7 +125,8 @@ def report_as_html(report: CheckReport, batch_size: int = 16) -> str:
         "check.html",
         title="Data check",
         lead=f"{', '.join(report.files[:3])}{' ...' if len(report.files) > 3 else ''}",
-        foot=f"Images from {folder}, {looked}. Checked in {report.seconds:.1f} s.",
+        foot=f"Images from {folder}, {looked}. Checked in {report.seconds:.1f} s."
+        + (f" {unread_note(report)}" if report.unread else ""),
         verdict=verdict,
         tone="bad" if num_refused else "odd" if num_bad else "good",
         figures=_tiles(report, figures),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,12 +10,11 @@ from typing import Any
 import torch
 from torch.utils.data import default_collate
 
-from vir_hf.conversations import encode_row
-from vir_hf.errors import DataError
+from vir_hf.conversations import IGNORE, encode_with_images
+from vir_hf.errors import DataError, clipped, shown
+from vir_hf.identity import picture_identity
 
 logger = logging.getLogger(__name__)
-
-IGNORED = -100
 
 
 @dataclass
@@ -95,20 +93,25 @@ class LlavaDataCollator:
         return batch
 
     def _encode(self, row: Mapping[str, Any], pictures: list[_Picture]) -> _Row:
-        encoding = encode_row(row, self.processor, max_length=self.max_length)
+        encoding, sources = encode_with_images(row, self.processor, max_length=self.max_length)
         is_masked = bool(row.get("is_masked"))  # a copy that only keeps its rank in step with the others
-        labels = [IGNORED] * len(encoding["labels"]) if is_masked else encoding["labels"]
-        sources = list(row.get("images") or [])
-        num_images = encoding["input_ids"].count(self.processor.image_token_id) // self.processor.num_image_tokens
+        labels = [IGNORE] * len(encoding["labels"]) if is_masked else encoding["labels"]
+        num_image_tokens = encoding["input_ids"].count(self.processor.image_token_id)
+        if num_image_tokens != len(sources) * self.processor.num_image_tokens:
+            raise DataError(
+                f"row {shown(row.get('id', ''))}: {num_image_tokens} image tokens for {len(sources)} images of "
+                f"{self.processor.num_image_tokens} tokens each. The processor and the row disagree; is the processor the "
+                "model's own?"
+            )
         indices = []
-        for source in sources[:num_images]:  # truncation removes whole turns, and their pictures, from the end
-            key = picture_key(source)
+        for source in sources:
+            key = picture_identity(source)
             index = next((i for i, picture in enumerate(pictures) if picture.key == key), None)
             if index is None:
                 index = len(pictures)
                 pictures.append(_Picture(key, source))
             indices.append(index)
-        return _Row(str(row.get("id", "")), encoding["input_ids"], labels, indices)
+        return _Row(str(row.get("id") or ""), encoding["input_ids"], labels, indices)
 
     def _open_pictures(self, pictures: list[_Picture], rows: list[_Row]) -> dict[str, torch.Tensor]:
         """Pixels, or features computed before, of the distinct pictures; a picture that breaks masks its rows or raises."""
@@ -126,14 +129,14 @@ class LlavaDataCollator:
                 pixels.append(preprocess(picture.source))
             except DataError as error:
                 users = [row for row in rows if index in row.images]
-                names = ", ".join(row.id for row in users)
+                names = clipped(", ".join(row.id for row in users), 120)
                 if self.on_bad_image == "raise":
                     raise DataError(
                         f"row {names}: {error} Mend or remove the row, or set data.on_bad_image=skip."
                     ) from error
                 logger.warning("row %s is masked: %s", names, error)
                 for row in users:
-                    row.labels = [IGNORED] * len(row.labels)
+                    row.labels = [IGNORE] * len(row.labels)
                     row.masked_because = str(error)
                 pixels.append(torch.zeros(3, *self.processor.image_size))
         # Stacked where it has to go: in a dataloader worker straight into shared memory, at half the time of a copy to there.
@@ -150,7 +153,7 @@ class LlavaDataCollator:
         def add(ids: list[int], targets: list[int], start: int, prefix: int) -> None:
             input_ids.extend(ids)
             # What precedes a segment's first token in the packed row is not what precedes it in its own row.
-            labels.extend([IGNORED, *targets[1:]])
+            labels.extend([IGNORE, *targets[1:]])
             positions.extend(range(start, start + len(ids)))
             lengths.append(len(ids))
             prefixes.append(prefix)
@@ -162,7 +165,7 @@ class LlavaDataCollator:
             prefix = len(lengths) if shared else -1
             num_shared_images = first.input_ids[:shared].count(image_token_id) // num_patches
             if shared:
-                add(first.input_ids[:shared], [IGNORED] * shared, 0, -1)
+                add(first.input_ids[:shared], [IGNORE] * shared, 0, -1)
                 images.extend(first.images[:num_shared_images])
             for row in members:
                 add(row.input_ids[shared:], row.labels[shared:], shared, prefix)
@@ -224,7 +227,7 @@ class LlavaDataCollator:
         batch = {
             "input_ids": torch.tensor([padded(row.input_ids, pad) for row in rows]),
             "attention_mask": torch.tensor([padded([1] * len(row.input_ids), 0) for row in rows]),
-            "labels": torch.tensor([padded(row.labels, IGNORED) for row in rows]),
+            "labels": torch.tensor([padded(row.labels, IGNORE) for row in rows]),
         }
         images = [index for row in rows for index in row.images]
         if images:
@@ -232,21 +235,10 @@ class LlavaDataCollator:
         return batch
 
 
-def picture_key(source: Any) -> Any:
-    """What two references to the same picture have in common: path, bytes, or the pixels of an opened image."""
-    if isinstance(source, Mapping):
-        return source.get("path") or source.get("bytes")
-    if isinstance(source, (str, bytes)):
-        return source
-    if hasattr(source, "tobytes"):
-        return (source.size, source.mode, hashlib.blake2b(source.tobytes()).digest())
-    return id(source)
-
-
 def shareable_length(row: _Row) -> int:
     """How many leading tokens another row may share: all that come before the predecessor of the first supervised one.
 
     The predecessor stays in the row's own segment, so that each row is scored on its own first supervised token.
     """
-    first_supervised = next((i for i, label in enumerate(row.labels) if label != IGNORED), len(row.labels))
+    first_supervised = next((i for i, label in enumerate(row.labels) if label != IGNORE), len(row.labels))
     return max(first_supervised - 1, 0)

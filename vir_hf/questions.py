@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vir_hf.conversations import to_messages
+from vir_hf.conversations import last_question, to_messages
 from vir_hf.errors import DataError
 from vir_hf.files import cut_to
 from vir_hf.images import open_image
@@ -61,6 +62,8 @@ def json_value(text: str, where: str | Path) -> Any:
 def row_question(row: Mapping[str, Any], folder: str, system: str | None = None) -> Question:
     """Return what a row asks: its `question` (or `text`), or the last human turn of a LLaVA row after the turns before it.
 
+    The prompt is the one that training reads before the answer to that turn; `system` replaces the row's system prompt.
+
     Raises:
         DataError: no question in the row, or a picture outside the folder.
     """
@@ -68,31 +71,13 @@ def row_question(row: Mapping[str, Any], folder: str, system: str | None = None)
         text = row.get("question", row.get("text"))
         if not isinstance(text, str):
             raise DataError("the row has neither 'question' nor 'conversations'.")
-        row = {"id": row["id"], "images": row.get("images", row.get("image")), "conversations": [("human", text)]}
-        row["conversations"] = [{"from": role, "value": value} for role, value in row["conversations"]]
+        row = {**row, "conversations": [{"from": "human", "value": text}]}
     given = to_messages(row)
-    images = iter([open_image(image, folder) for image in given["images"]])
-    turns = [
-        {
-            **turn,
-            "content": [
-                {**part, "image": next(images)} if part["type"] == "image" else part for part in turn["content"]
-            ],
-        }
-        for turn in given["messages"]
-    ]
-    while turns and turns[-1]["role"] != "user":
-        turns.pop()
-    if not turns:
-        raise DataError("the row asks nothing: no turn is the human's.")
-    last = turns.pop()
-    own = [turn for turn in turns if turn["role"] == "system"]
-    return Question(
-        text="".join(part["text"] for part in last["content"] if part["type"] == "text"),
-        images=[part["image"] for part in last["content"] if part["type"] == "image"],
-        system=system or ("".join(part["text"] for part in own[0]["content"]) if own else None),
-        history=[turn for turn in turns if turn["role"] != "system"],
-    )
+    messages = last_question(given["messages"])
+    num_images = sum(part["type"] == "image" for message in messages for part in message["content"])
+    images = [open_image(image, folder) for image in given["images"][:num_images]]
+    question = Question.of_messages(messages, images)
+    return question if system is None else replace(question, system=system)
 
 
 def answered_ids(output: Path) -> set[str]:

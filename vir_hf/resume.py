@@ -11,10 +11,12 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 import yaml
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
@@ -22,8 +24,13 @@ from safetensors.torch import load_file, save_file
 from torch import distributed, nn
 
 from vir_hf import checkpoints
-from vir_hf.errors import RecipeError, RunError
+from vir_hf.archives import open_archive
+from vir_hf.errors import DataError, RecipeError, RunError
 from vir_hf.files import writing
+from vir_hf.identity import CONTENT, Folders, picture_identities
+from vir_hf.image_folder import split_place
+from vir_hf.llava.modeling_llava import name_in_memory
+from vir_hf.row_cache import flat_batches
 
 if TYPE_CHECKING:
     from vir_hf.recipe import Recipe
@@ -148,8 +155,10 @@ def _choose(recipe: Recipe) -> ResumePoint | None:
     wanted = recipe.training.resume
     output_dir = Path(recipe.training.output_dir)
     # A weights file that was cut short is made anew, and what is left of it kept under another name.
-    damaged = checkpoints.damaged_weights(output_dir) if wanted == "auto" else None
-    checkpoints.run_folder(output_dir).refuse_foreign(
+    output = checkpoints.run_folder(output_dir)
+    was_finished = wanted == "auto" and output.owns(checkpoints.METRICS)
+    damaged = checkpoints.damaged_weights(output_dir) if was_finished else None
+    output.refuse_foreign(
         [name for name in checkpoints.OUTPUTS if name != damaged],
         f"training.output_dir={output_dir}",
         "Move it away, or name another training.output_dir.",
@@ -231,11 +240,13 @@ def is_finished(recipe: Recipe) -> dict[str, Any] | None:
     output_dir = Path(recipe.training.output_dir)
     try:
         metrics = checkpoints.read_metrics(output_dir)
+        if not metrics:
+            return None
         changes = recipe_changes(recipe, output_dir / "recipe.yaml")
     except (OSError, ValueError, RecipeError):
         return None
     is_same = not any(_kind_of(key, recipe) == "refused" or key in _LENGTH for key in changes)
-    if not metrics.get("is_finished") or not is_same:
+    if not is_same:
         return None
     damaged = checkpoints.damaged_weights(output_dir)
     if damaged is not None:
@@ -260,6 +271,8 @@ def recipe_changes(recipe: Recipe, saved: Path) -> dict[str, tuple[Any, Any]]:
         raise RecipeError(
             f"{saved}: the checkpoint's recipe cannot be read: {error}. Use another checkpoint."
         ) from error
+    if not isinstance(before, dict) or not all(isinstance(section or {}, dict) for section in before.values()):
+        raise RecipeError(f"{saved}: is no recipe that a run has saved. Use another checkpoint.")
     now = yaml.safe_load(recipe.to_yaml())
     changes: dict[str, tuple[Any, Any]] = {}
     for section in sorted(set(before) | set(now)):
@@ -362,34 +375,54 @@ def check_identity(point: ResumePoint, identity: dict[str, Any]) -> None:
 
 
 def data_fingerprint(rows: Any) -> dict[str, Any]:
-    """Return a hash of what the rows say, and the file sizes of some pictures; `None`s for a stream."""
+    """Return a hash of what the rows say and which pictures they show, and the sizes of some files; `None`s for a stream.
+
+    Embedded pictures count by their content. Files count by name, and by which of them share a folder: data may move.
+    """
     if not hasattr(rows, "__len__"):
         return {"num_rows": None, "rows": None, "pictures": []}
-    digest = hashlib.sha256()
-    for row in _plain_rows(rows):
-        names = [os.path.basename(str(image.get("path") or "")) for image in row["images"]]
-        digest.update(json.dumps([row["id"], row["messages"], names], ensure_ascii=False).encode("utf-8", "replace"))
-    num_rows = len(rows)
-    pictures = []
-    for number in range(0, num_rows, max(1, num_rows // 64)):
-        for image in rows[number]["images"][:1]:
-            pictures.append([number, _picture_bytes(image)])
+    num_rows, digest, pictures = len(rows), hashlib.sha256(), []
+    holders: dict[str, int] = {}
+    folders = Folders()
+    for start, table in flat_batches(rows, ["id", "messages", "images"]):
+        images = table.column("images").combine_chunks()
+        names = iter([_movable_name(name, holders) for name in picture_identities(images, folders).to_pylist()])
+        sizes = iter(pc.binary_length(images.flatten().field("bytes")).to_pylist())
+        places = iter(images.flatten().field("path").to_pylist())
+        for number, (row_id, messages, count) in enumerate(
+            zip(
+                table.column("id").to_pylist(),
+                table.column("messages").to_pylist(),
+                pc.list_value_length(images).to_pylist(),
+                strict=True,
+            ),
+            start,
+        ):
+            row_names, row_sizes, row_places = (list(islice(part, count or 0)) for part in (names, sizes, places))
+            row = [row_id, messages, row_names]
+            digest.update(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace"))
+            if row_names and number % max(1, num_rows // 64) == 0:
+                pictures.append([number, _file_bytes(row_places[0]) if row_sizes[0] is None else row_sizes[0]])
     return {"num_rows": num_rows, "rows": digest.hexdigest(), "pictures": pictures}
 
 
-def _plain_rows(rows: Any) -> Iterator[dict[str, Any]]:
-    for start in range(0, len(rows), 1000):
-        columns = rows[start : start + 1000]
-        for row_id, messages, images in zip(columns["id"], columns["messages"], columns["images"], strict=True):
-            yield {"id": row_id, "messages": messages, "images": images}
+def _movable_name(identity: str | None, holders: dict[str, int]) -> str:
+    """Return an identity without where its folder or archive lies: the how manieth of those the rows name it is."""
+    if identity is None or identity.startswith(CONTENT):
+        return str(identity)
+    in_archive = split_place(identity)
+    folder, name = os.path.split(in_archive[1] if in_archive else identity)
+    holder = f"{in_archive[0]}::{folder}" if in_archive else folder
+    return f"{holders.setdefault(holder, len(holders))}/{name}"
 
 
-def _picture_bytes(image: Any) -> int | None:
-    if image.get("bytes") is not None:
-        return len(image["bytes"])
+def _file_bytes(place: str | None) -> int | None:
     try:
-        return os.path.getsize(image["path"])
-    except (OSError, TypeError, ValueError):
+        in_archive = split_place(place or "")
+        if in_archive:
+            return open_archive(in_archive[0]).members[in_archive[1]].num_bytes
+        return os.path.getsize(place or "")
+    except (DataError, KeyError, OSError, ValueError):
         return None
 
 
@@ -451,7 +484,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     else:
         unexpected, loaded = [], set()
         for path in sorted(folder.glob("model*.safetensors")):
-            state = {_name_in_memory(name): tensor for name, tensor in load_file(path).items()}
+            state = {name_in_memory(name): tensor for name, tensor in load_file(path).items()}
             loaded |= copy_in(model, state, folder)
     missing = [
         name
@@ -480,22 +513,6 @@ def copy_in(model: nn.Module, state: dict[str, torch.Tensor], folder: Path) -> s
             target.copy_(tensor)
         written.add(target.data_ptr())
     return written
-
-
-_LAYOUT = (
-    ("language_model.lm_head.", "lm_head."),
-    ("language_model.model.", "model.language_model."),
-    ("vision_tower.vision_model.", "model.vision_tower."),
-    ("multi_modal_projector.", "model.multi_modal_projector."),
-)
-
-
-def _name_in_memory(name: str) -> str:
-    """The in-memory name of a weight saved in the Hub's key layout."""
-    for saved, in_memory in _LAYOUT:
-        if name.startswith(saved):
-            return in_memory + name[len(saved) :]
-    return name
 
 
 # What DeepSpeed's optimizer files name beside tensors and plain values.

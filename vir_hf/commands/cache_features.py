@@ -12,11 +12,12 @@ from vir_hf.commands.outputs import add_overwrite, recipe_inputs, refuse_outputs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Fill the recipe's feature cache; what is there already is kept. Returns 0."""
+    """Fill the recipe's feature cache; what is there already and whole is kept. Returns 0."""
     parser = argparse.ArgumentParser(
         prog="vir-hf data cache-features",
         description="Run the recipe's frozen vision tower over every picture once and keep its features on disk. Training "
-        "with training.feature_cache=FOLDER then opens no picture. A run cut short goes on where it stopped.",
+        "with training.feature_cache=FOLDER then opens no picture. A run cut short goes on where it stopped, and damaged "
+        "entries are made anew.",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="experiment=NAME and section.key=value")
     parser.add_argument("--recipe", help="a recipe.yaml that a run has written")
@@ -34,13 +35,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from vir_hf.data import load_recipe_rows
     from vir_hf.features import cache_for_training
-    from vir_hf.loading import choose_precision, load_model_and_processor
+    from vir_hf.loading import load_model_and_processor, precision_of
     from vir_hf.training import training_arguments
 
-    precision = choose_precision(recipe.model.dtype, use_cpu=bool(recipe.training.use_cpu))
+    precision = precision_of(recipe)
     arguments = training_arguments(recipe, precision)
     model, processor = load_model_and_processor(recipe, precision)
-    cache = cache_for_training(recipe, model.model, processor, load_recipe_rows(recipe), arguments.device)
+    rows = load_recipe_rows(recipe)
+    cache = cache_for_training(recipe, model.model, processor, rows, arguments.device, verify=True)
     if cache is None:  # training.feature_cache is set above, so there is one
         raise RuntimeError("no cache was made")
     figures: dict[str, Any] = {

@@ -183,7 +183,7 @@ def _progress_bar() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def _print(report: CheckReport, console: Console) -> None:
-    from vir_hf.check_report import statistics
+    from vir_hf.check_report import statistics, unread_note
     from vir_hf.checks import ERRORS
 
     num_bad, num_refused = len(report.bad_rows), len(report.untrainable_rows)
@@ -195,6 +195,8 @@ def _print(report: CheckReport, console: Console) -> None:
             f"{figures['unit']} a row: median {lengths['median']:,}, mean {lengths['mean']:,}, 99 % below {lengths['p99']:,}, "
             f"longest {lengths['max']:,}"
         )
+    if report.unread:
+        console.print(Text(printable(f"note: {unread_note(report)}")), soft_wrap=True)
     if not num_bad:
         console.print("nothing wrong was found", style="green")
         return

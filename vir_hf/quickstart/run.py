@@ -22,7 +22,7 @@ from typing import Any
 
 from PIL import Image
 
-from vir_hf.checkpoints import METRICS, read_metrics, run_folder
+from vir_hf.checkpoints import METRICS, OUTPUTS, read_metrics, run_folder
 from vir_hf.errors import RecipeError
 from vir_hf.evaluation import Case, write_results, write_samples
 from vir_hf.files import OutputFolder
@@ -130,8 +130,9 @@ def _output_folder(output_dir: Path) -> OutputFolder:
     if is_earlier and not any(name.split("/")[0] in names for name in output.names()):  # by a version without records
         found = [path for name in names[:2] for path in (output_dir / name).rglob("*")]
         output.adopt(["samples.png", *(path.relative_to(output_dir).as_posix() for path in found)])
-    key = f"training.output_dir={output_dir}"
-    output.refuse_foreign(names, key, "Move it away, or name another training.output_dir.")
+    for folder, needed in ((output, (*names, *OUTPUTS)), (run_folder(output_dir / "pretrain"), OUTPUTS)):
+        key = f"training.output_dir={folder.path}"
+        folder.refuse_foreign(needed, key, "Move it away, or name another training.output_dir.")
     return output
 
 
