@@ -217,6 +217,10 @@ WRITERS = {
         "save_pretrained": "upstream's own, into the folder that its caller names",
         "write_text": "the code and the configuration beside what `save_pretrained` has just written there",
     },
+    "llava.portable": {
+        "write_text": "over what `save_pretrained` has just written there",
+        "shutil.copyfile": "the tokenizer's own file beside it, where there is none",
+    },
     "loading": {"save_pretrained": "into a staging folder of `files`"},
     "merging": {
         "save_pretrained": "into a staging folder of `files`",

@@ -284,7 +284,6 @@ def _copy_projector(run: Path, folder: Path) -> None:
     """Put the projector's own file where no reader takes it for weights of the model; earlier versions had it beside them."""
     source = next((run / name for name in (PROJECTOR_PLACE, PROJECTOR_FILE) if (run / name).is_file()), None)
     if source is not None:
-        (folder / PROJECTOR_PLACE).parent.mkdir(parents=True, exist_ok=True)
         _link_or_copy(source, folder / PROJECTOR_PLACE)
 
 

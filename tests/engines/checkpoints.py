@@ -121,7 +121,12 @@ def make(root: Path, families: tuple[str, ...] = tuple(PAIRS), kinds: tuple[str,
         save_language_model(place / "lm", family)
         save_vision_tower(place / "tower", PAIRS[family])
         tiny.save_data(place)
-        steps = {"training.max_steps": 2, "training.learning_rate": 1e-3, "training.projector_learning_rate": 1e-3}
+        steps = {
+            "model.vision_feature_select_strategy": "auto",
+            "training.max_steps": 2,
+            "training.learning_rate": 1e-3,
+            "training.projector_learning_rate": 1e-3,
+        }
         lora = {"lora": "default", "trainable.language_model": "lora"}
         wanted = {
             "whole": {},
