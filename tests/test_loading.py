@@ -310,7 +310,7 @@ def pretrained(tiny_parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def test_pretraining_leaves_a_projector_and_the_rest_as_it_was(pretrained: Path, tiny_parts: Path, tmp_path: Path):
-    state = load_file(pretrained / "projector.safetensors")
+    state = load_file(pretrained / "projector" / "projector.safetensors")
     assert set(state) == {f"linear_{n}.{kind}" for n in (1, 2) for kind in ("weight", "bias")}
     trained, _ = load_run(pretrained)
     fresh, _, _ = load(tiny_parts, tmp_path, **{"experiment": "local_lite_pretrain", "model.template": "plain"})
@@ -328,10 +328,10 @@ def test_pretraining_leaves_a_projector_and_the_rest_as_it_was(pretrained: Path,
 def test_finetuning_picks_up_a_projector_of_any_origin(
     origin: str, pretrained: Path, lora_run: Path, tiny_parts: Path, tmp_path: Path
 ):
-    state = load_file(pretrained / "projector.safetensors")
+    state = load_file(pretrained / "projector" / "projector.safetensors")
     source = pretrained
     if origin == "file":
-        source = pretrained / "projector.safetensors"
+        source = pretrained / "projector" / "projector.safetensors"
     elif origin.startswith("original"):
         original = to_original(state)
         assert set(original) == {f"model.mm_projector.{n}.{kind}" for n in (0, 2) for kind in ("weight", "bias")}
@@ -341,7 +341,7 @@ def test_finetuning_picks_up_a_projector_of_any_origin(
         torch.save(original, source)
     elif origin == "adapter":
         source = lora_run / "adapter_model.safetensors"
-        state = load_file(lora_run / "projector.safetensors")
+        state = load_file(lora_run / "projector" / "projector.safetensors")
     elif origin == "checkpoint":
         source = pretrained / "model.safetensors"
     model, _, _ = load(tiny_parts, tmp_path, **{"model.pretrained_projector": source})
@@ -386,7 +386,7 @@ def test_a_file_without_a_projector_says_so(content: str, tiny_parts: Path, tmp_
     expected = "there is no such file or folder"
     if content == "empty folder":
         source.mkdir()
-        expected = "the folder holds none of projector.safetensors"
+        expected = "the folder holds none of projector/projector.safetensors"
     elif content == "other weights":
         source = tmp_path / "x.safetensors"
         save_file({"model.layers.0.weight": torch.zeros(2)}, source)
@@ -417,11 +417,11 @@ def test_pretraining_beside_quantised_weights_saves_and_resumes(
     assert straight["final_loss"] < straight["first_loss"]
     model, _ = load_run(tmp_path / "run")
     assert quantised_names(model) == language_model_linears(model)
-    expected = load_file(tmp_path / "run" / "projector.safetensors")
+    expected = load_file(tmp_path / "run" / "projector" / "projector.safetensors")
     shutil.rmtree(tmp_path / "run" / "checkpoint-4")
     (tmp_path / "run" / "metrics.json").unlink()
     run(tiny_parts, tmp_path / "run", **changes, **{"training.resume": "auto"})
-    found = load_file(tmp_path / "run" / "projector.safetensors")
+    found = load_file(tmp_path / "run" / "projector" / "projector.safetensors")
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
@@ -460,7 +460,7 @@ def test_a_whole_model_is_saved_in_the_dtype_it_was_loaded_in(
     }
     assert stored - {torch.float32} == {torch.bfloat16}
     assert (torch.float32 in stored) == (quantization is NF4)  # the scales of 4-bit weights
-    exact = load_file(tmp_path / "run" / "projector.safetensors")
+    exact = load_file(tmp_path / "run" / "projector" / "projector.safetensors")
     assert any((value != value.to(torch.bfloat16).float()).any() for value in exact.values())
     stock = LlavaForConditionalGeneration.from_pretrained(tmp_path / "run", dtype=torch.bfloat16)
     keep_layout(stock)

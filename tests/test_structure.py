@@ -235,6 +235,10 @@ WRITERS = {
         "write_text": "the code and the configuration beside what `save_pretrained` has just written there",
     },
     "language_models": {"save_pretrained": "a trial copy into a temporary folder"},
+    "llava.portable": {
+        "write_text": "over what `save_pretrained` has just written there",
+        "shutil.copyfile": "the tokenizer's own file beside it, where there is none",
+    },
     "loading": {"save_pretrained": "into a staging folder of `files`"},
     "picture_check": {"pq.write_table": "into memory"},
     "merging": {

@@ -35,6 +35,7 @@ class RunFacts:
         is_adapter: an adapter on a base, or a whole model.
         has_own_base: the base lies in the folder `base/` of the same repository.
         model_type: `llava`, or `vir_llava` for a projector that transformers does not know.
+        adapter_base: the base that the adapter's own config names.
     """
 
     recipe: dict[str, Any] = field(default_factory=dict)
@@ -44,6 +45,7 @@ class RunFacts:
     is_adapter: bool = False
     has_own_base: bool = False
     model_type: str = "llava"
+    adapter_base: str | None = None
 
     @classmethod
     def read(cls, folder: Path) -> RunFacts:
@@ -59,6 +61,7 @@ class RunFacts:
             is_adapter=is_adapter,
             has_own_base=(folder / "base" / "config.json").is_file(),
             model_type=config.get("model_type", "llava"),
+            adapter_base=_json(folder / "adapter_config.json").get("base_model_name_or_path"),
         )
 
     def value(self, key: str) -> Any:
@@ -171,9 +174,10 @@ def _with_transformers(facts: RunFacts, repo_id: str) -> str:
     is_native = facts.model_type == "llava"
     model_class = "LlavaForConditionalGeneration" if is_native else "AutoModelForImageTextToText"
     trust = "" if is_native else ", trust_remote_code=True"
+    own = "" if is_native else " The code of its projector needs transformers 5."
     imports = f"from transformers import AutoProcessor, {model_class}"
     if facts.is_adapter:
-        base = facts.value("model.name_or_path") or "BASE"
+        base = facts.adapter_base or facts.value("model.name_or_path") or "BASE"
         source = f'"{repo_id}", subfolder="base"' if facts.has_own_base else f'"{base}"'
         imports = f"from peft import PeftModel\n{imports}"
         load = f'base = {model_class}.from_pretrained({source}{trust})\nmodel = PeftModel.from_pretrained(base, "{repo_id}")'
@@ -186,7 +190,7 @@ from PIL import Image
 {imports}
 
 {load}
-processor = AutoProcessor.from_pretrained("{repo_id}")
+processor = AutoProcessor.from_pretrained("{repo_id}"{trust})
 
 messages = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "What is it?"}}]}}]
 prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
@@ -195,7 +199,7 @@ output = model.generate(**inputs, max_new_tokens=100, do_sample=False)
 print(processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True).strip())
 ```
 
-`add_special_tokens=False` matters: the chat template writes the beginning of the text itself."""
+`add_special_tokens=False` matters: the chat template writes the beginning of the text itself.{own}"""
 
 
 def _with_vir_hf(repo_id: str) -> str:

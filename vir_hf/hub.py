@@ -22,10 +22,15 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
+from safetensors import safe_open
 
 from vir_hf import files
-from vir_hf.card import ASSETS, TAG, RunFacts, draw_loss_curve, make_card
+from vir_hf.adapters import base_of
+from vir_hf.card import ASSETS, TAG, RunFacts, draw_loss_curve, is_hub_id, make_card
 from vir_hf.errors import RecipeError
+from vir_hf.fingerprint import FINGERPRINT_FILE
+from vir_hf.interop import PROJECTOR_FILE, PROJECTOR_PLACE
+from vir_hf.llava.portable import make_portable
 
 if TYPE_CHECKING:
     from vir_hf.recipe import Recipe
@@ -33,11 +38,35 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # What a repository is made of; checkpoints, optimizer states, pickles and logs of a run are none of it.
-_PUBLISHED = ("*.safetensors", "*.json", "*.jinja", "*.py", "*.model", "merges.txt", "vocab.txt", "recipe.yaml")
+_PUBLISHED = (
+    "model*.safetensors",
+    "adapter_model.safetensors",
+    "trained_weights.safetensors",
+    "*.json",
+    "*.jinja",
+    "*.py",
+    "*.model",
+    "merges.txt",
+    "vocab.txt",
+    "recipe.yaml",
+)
 _REWRITTEN = ("recipe.yaml", "*.json")
 _NOT_PUBLISHED = ("manifest.json", "position.json", "trainer_state.json", "samples.json")
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json")
 _ABSOLUTE = re.compile(r"(?:file://)?(?:/|~[\w-]*/|[A-Za-z]:[\\/]|\\\\)[^\s/\\][^\n]*")
+_RELATIVE = re.compile(r"\.{1,2}[\\/]\S")
+# A path within a sentence; an address is none.
+_PATH_IN_TEXT = re.compile(r"(?<![\w:/.<>])(?:~|[A-Za-z]:)?(?:/[\w.@+~-]+){2,}/?")
+_OF_THE_RUN = (
+    "recipe.yaml",
+    "metrics.json",
+    "audit.json",
+    "evaluation.json",
+    FINGERPRINT_FILE,
+    "adapter_config.json",
+    "made_from.json",
+)
+_OF_THE_CACHE = re.compile(r"models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)/snapshots/(?P<commit>[0-9a-f]{40})")
 _SECRETS = {
     "a Hugging Face token": re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}"),
     "a GitHub token": re.compile(r"\b(?:gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,})"),
@@ -161,10 +190,17 @@ def _write_repository(
             if (run / name).is_file():
                 files.copy(run / name, folder / name)
     else:
+        base = _published_base(run, repo_id) if is_adapter else None
         _copy_published(run, folder)
+        _copy_projector(run, folder)
         if is_adapter and (run / "base" / "config.json").is_file():
             _copy_published(run / "base", folder / "base")
-    _rewrite_paths(folder, run, repo_id)
+            make_portable(folder / "base")
+            _lead_to_base(folder)
+        if base is not None:
+            _name_base(folder, *base)
+    make_portable(folder)
+    _rewrite_paths(folder, run)
     facts = RunFacts.read(folder)
     facts.samples = RunFacts.read(run).samples
     if facts.metrics.get("loss_history"):
@@ -175,6 +211,59 @@ def _write_repository(
     files.write_text(folder / "README.md", str(card))
     check_folder(folder, run)
     return facts
+
+
+def _published_base(run: Path, repo_id: str) -> tuple[str, str | None]:
+    """Return the Hub id and the revision under which an adapter's base will be found by whoever fetches the adapter.
+
+    Raises:
+        RecipeError: the base lies in a folder of this machine alone.
+    """
+    if (run / "base" / "config.json").is_file():
+        return repo_id, None
+    base, revision = base_of(run)
+    cached = _OF_THE_CACHE.search(str(Path(base).absolute()))
+    if cached:
+        return f"{cached['owner']}/{cached['name']}", cached["commit"]
+    if is_hub_id(base) or not (_ABSOLUTE.fullmatch(base) or _RELATIVE.match(base) or Path(base).exists()):
+        return base, revision
+    raise RecipeError(
+        f"{run}: its adapter belongs to the base {Path(base).name!r}, which lies in a folder of this machine, so nobody else "
+        "could open it; nothing was published. Add --merged, or train on a base that is on the Hub."
+    )
+
+
+def _name_base(folder: Path, base: str, revision: str | None) -> None:
+    """Write the base's Hub id into the files that name an adapter's base."""
+    for file, key in (("adapter_config.json", "base_model_name_or_path"), (FINGERPRINT_FILE, "base")):
+        path = folder / file
+        if path.is_file():
+            values = json.loads(path.read_text(encoding="utf-8"))
+            files.write_text(path, files.as_json({**values, key: base, "revision": revision}))
+
+
+def _lead_to_base(folder: Path) -> None:
+    """Let stock tools that look for the base beside the adapter find it in `base/`: its config, its code, and an index.
+
+    `AutoModelForImageTextToText.from_pretrained(REPOSITORY)` loads what adapter_config.json names, which is this
+    repository, and then the adapter. There is one copy of the weights.
+    """
+    base = folder / "base"
+    for path in base.iterdir():
+        if path.name in ("config.json", "generation_config.json") or path.suffix == ".py":
+            files.copy(path, folder / path.name)
+    index = base / "model.safetensors.index.json"
+    if index.is_file():
+        listing = json.loads(index.read_text(encoding="utf-8"))
+    else:
+        weights = base / "model.safetensors"
+        with safe_open(weights, "pt") as opened:
+            listing = {
+                "metadata": {"total_size": weights.stat().st_size},
+                "weight_map": dict.fromkeys(opened.keys(), weights.name),
+            }
+    listing["weight_map"] = {key: f"base/{name}" for key, name in listing["weight_map"].items()}
+    files.write_text(folder / index.name, files.as_json(listing))
 
 
 def write_merged(run: Path, folder: Path) -> None:
@@ -189,6 +278,13 @@ def _copy_published(source: Path, target: Path) -> None:
         for path in sorted(source.glob(pattern)):
             if path.is_file() and path.name not in _NOT_PUBLISHED:
                 _link_or_copy(path, target / path.name)
+
+
+def _copy_projector(run: Path, folder: Path) -> None:
+    """Put the projector's own file where no reader takes it for weights of the model; earlier versions had it beside them."""
+    source = next((run / name for name in (PROJECTOR_PLACE, PROJECTOR_FILE) if (run / name).is_file()), None)
+    if source is not None:
+        _link_or_copy(source, folder / PROJECTOR_PLACE)
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
@@ -211,17 +307,26 @@ def _copy_samples(run: Path, folder: Path, facts: RunFacts) -> None:
     files.write_json(folder / ASSETS / "samples" / "samples.json", listed)  # the demo's examples
 
 
-def _rewrite_paths(folder: Path, run: Path, repo_id: str) -> None:
-    """Replace every path of this machine in recipe and JSON files by its last part, and the run's own by the repository."""
-    own = {str(run), str(run.resolve()), str(run.resolve() / "base")}
+def _rewrite_paths(folder: Path, run: Path) -> None:
+    """Replace every path of this machine in recipe and JSON files by its last part: names are kept, folders are not."""
+    places = sorted({str(place) for place in (run, run.resolve(), Path.cwd(), Path.home())}, key=len, reverse=True)
+    here = [place for place in places if len(Path(place).parts) > 1 and Path(place).is_absolute()]
 
-    def rewritten(value: Any) -> Any:
+    def rewritten(value: Any, is_ours: bool) -> Any:
         if isinstance(value, Mapping):
-            return {key: rewritten(item) for key, item in value.items()}
+            return {rewritten(key, is_ours): rewritten(item, is_ours) for key, item in value.items()}
         if isinstance(value, list):
-            return [rewritten(item) for item in value]
-        if isinstance(value, str) and _ABSOLUTE.fullmatch(value):
-            return repo_id if value.rstrip("/") in own else re.split(r"[\\/]", value.rstrip("\\/"))[-1]
+            return [rewritten(item, is_ours) for item in value]
+        if not isinstance(value, str):
+            return value
+        if is_ours and ": " in value:  # a message, such as "FILE: cannot be opened"
+            return ": ".join(rewritten(part, is_ours) for part in value.split(": "))
+        if _ABSOLUTE.fullmatch(value) or (is_ours and (_RELATIVE.match(value) or _is_path_here(value))):
+            return re.split(r"[\\/]", value.rstrip("\\/"))[-1]
+        if is_ours:  # a message that names a file
+            for place in here:
+                value = re.sub(re.escape(place) + r"(?=/)[^\s:'\"]*/", "", value)
+            value = _PATH_IN_TEXT.sub(lambda found: found[0].rstrip("/").split("/")[-1], value)
         return value
 
     for pattern in _REWRITTEN:
@@ -231,11 +336,16 @@ def _rewrite_paths(folder: Path, run: Path, repo_id: str) -> None:
             text = path.read_text(encoding="utf-8")
             is_yaml = path.suffix == ".yaml"
             value = yaml.safe_load(text) if is_yaml else json.loads(text)
-            changed = rewritten(value)
+            changed = rewritten(value, path.name in _OF_THE_RUN)
             if changed != value:
                 head = "".join(line + "\n" for line in text.splitlines() if line.startswith("#")) if is_yaml else ""
                 body = yaml.safe_dump(changed, sort_keys=False) if is_yaml else json.dumps(changed, indent=2) + "\n"
                 files.write_text(path, head + body)
+
+
+def _is_path_here(value: str) -> bool:
+    """Whether a word with a folder in it names something on this machine, and so is none of the Hub's names."""
+    return "/" in value and len(value) < 1000 and "\n" not in value and "://" not in value and Path(value).exists()
 
 
 def check_folder(folder: Path, run: Path | None = None) -> None:

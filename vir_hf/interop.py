@@ -19,15 +19,17 @@ if TYPE_CHECKING:
     from torch import nn
 
 PROJECTOR_FILE = "projector.safetensors"
+# In a folder of its own: vLLM, MLX-VLM and others read every *.safetensors that lies beside a model's weights.
+PROJECTOR_PLACE = f"projector/{PROJECTOR_FILE}"
 ORIGINAL_PROJECTOR_FILE = "mm_projector.bin"
 _KEY = "model.pretrained_projector"
+_OF_WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
 # Files of a run that may hold a projector, the one that holds nothing else first.
 _CANDIDATES = (
-    PROJECTOR_FILE,
+    PROJECTOR_PLACE,
+    PROJECTOR_FILE,  # where earlier versions put it
     ORIGINAL_PROJECTOR_FILE,
-    "adapter_model.safetensors",
-    "model.safetensors",
-    "model.safetensors.index.json",
+    *_OF_WEIGHTS,
     "base/model.safetensors",
     "base/model.safetensors.index.json",
 )
@@ -46,7 +48,7 @@ def projector_of(model: nn.Module) -> nn.Module:
 
 
 def save_projector(model: nn.Module, folder: Path) -> Path:
-    """Write `projector.safetensors` (keys `linear_1.weight` ...), which `model.pretrained_projector` picks up."""
+    """Write `projector/projector.safetensors` (keys `linear_1.weight` ...), which `model.pretrained_projector` picks up."""
     return _write(projector_of(model).state_dict(), folder)
 
 
@@ -103,7 +105,7 @@ def read_projector(source: str | Path) -> tuple[dict[str, torch.Tensor], Path]:
         inside = [path]
     else:
         raise RecipeError(
-            f"{_KEY}={source}: there is no such file or folder. Run the pretrain stage first (it writes {PROJECTOR_FILE} into "
+            f"{_KEY}={source}: there is no such file or folder. Run the pretrain stage first (it writes {PROJECTOR_PLACE} into "
             "its training.output_dir), or name LLaVA's mm_projector.bin."
         )
     for candidate in inside:
@@ -125,18 +127,18 @@ def _shortly(keys: list[str]) -> str:
 
 
 def extract_projector(folder: Path) -> None:
-    """Write `projector.safetensors` beside saved weights that hold a projector; beside an adapter without one, nothing.
+    """Write `projector/projector.safetensors` for saved weights that hold a projector; for an adapter without one, nothing.
 
     From the files, not from memory: under ZeRO-3 and FSDP no process holds the whole projector.
     """
-    for name in _CANDIDATES[2:5]:
+    for name in _OF_WEIGHTS:
         state = _projector_tensors(folder / name) if (folder / name).is_file() else {}
         if state:
             _write({_without_prefix(key): value for key, value in state.items()}, folder)
 
 
 def _write(state: dict[str, torch.Tensor], folder: Path) -> Path:
-    path = folder / PROJECTOR_FILE
+    path = folder / PROJECTOR_PLACE
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     with writing(path) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})

@@ -427,7 +427,7 @@ class LlavaTrainer(SFTTrainer):
         """Write model (or adapter), projector, processor and recipe into the output directory; every rank must ask.
 
         Args:
-            dtype: of a whole model's weights in the file; an adapter and `projector.safetensors` stay fp32.
+            dtype: of a whole model's weights in the file; an adapter and the projector's own file stay fp32.
         """
         output_dir = Path(self.args.output_dir)
         staging = output_dir / ".final.partial"
@@ -445,7 +445,8 @@ class LlavaTrainer(SFTTrainer):
         resume.save_rest(self.accelerator.unwrap_model(self.model), staging)
         if self.recipe is not None:
             self.recipe.save(staging / "recipe.yaml")
-        output, new = checkpoints.run_folder(staging.parent), {path.name for path in staging.iterdir()}
+        output = checkpoints.run_folder(staging.parent)
+        new = {path.relative_to(staging).as_posix() for path in staging.rglob("*")}
         output.move_in(staging)
         for name in checkpoints.of_the_model(output.names()):
             if name not in new:  # of the model before: its scores, an adapter where this one is whole, shards

@@ -35,6 +35,7 @@ from .configuration_llava import (
     select_strategy,
 )
 from .logits import absorb_logit_factor, forget_logit_words, logit_factor
+from .portable import make_config_portable
 from .projectors import build_projector
 
 # Prefixes of llava-hf's key names, and of the same weights in memory.
@@ -504,7 +505,15 @@ def _finish_config(folder: Path, is_native: bool) -> None:
             "AutoModelForCausalLM": "modeling_llava.LlavaForCausalLM",
             "AutoModelForImageTextToText": "modeling_llava.LlavaForCausalLM",
         }
-        for name in ("configuration_llava.py", "projectors.py", "attention.py", "logits.py", "modeling_llava.py"):
+        for name in (
+            "configuration_llava.py",
+            "projectors.py",
+            "attention.py",
+            "logits.py",
+            "portable.py",
+            "modeling_llava.py",
+        ):
             source = Path(__file__).with_name(name)
             (folder / name).write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    make_config_portable(folder)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 from transformers import BaseImageProcessor, LlavaImageProcessorPil, PreTrainedTokenizerBase
 from transformers import LlavaProcessor as NativeLlavaProcessor
+
+from .portable import keep_sentencepiece, make_processor_portable
 
 IMAGE_ASPECT_RATIOS = ("pad", "crop", "resize")
 
@@ -40,6 +43,8 @@ class LlavaProcessor(NativeLlavaProcessor):
                 "(or vir_hf.build), which adds it."
             )
         self.template = template
+        if tokenizer is not None:
+            tokenizer.padding_side = "left"  # what generation needs; the collator of training pads itself
         super().__init__(
             image_processor,
             tokenizer,
@@ -100,6 +105,13 @@ class LlavaProcessor(NativeLlavaProcessor):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> LlavaProcessor:
         """Load a processor saved by us or by llava-hf; without a template word of ours its chat template is `auto`."""
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> Any:
+        """Save the processor in the words of transformers 4 and 5, and SentencePiece's own file where its source has one."""
+        saved = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        keep_sentencepiece(self.tokenizer, Path(save_directory))
+        make_processor_portable(Path(save_directory))
+        return saved
 
     @property
     def image_size(self) -> tuple[int, int]:
