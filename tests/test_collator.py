@@ -264,7 +264,9 @@ def test_image_tokens_never_leave_without_their_images(
     encoded, images = conversations.encode_with_images(row, processor)
     monkeypatch.setattr(collator, "encode_with_images", lambda *_, **__: (encoded, images * num_given))
     tokens = processor.num_image_tokens
-    with pytest.raises(DataError, match=rf"row 'row-7': {tokens} image tokens for {num_given} images of {tokens} tokens"):
+    with pytest.raises(
+        DataError, match=rf"row 'row-7': {tokens} image tokens for {num_given} images of {tokens} tokens"
+    ):
         LlavaDataCollator(processor, padding_free=padding_free)([row])
 
 

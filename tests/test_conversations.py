@@ -1059,9 +1059,7 @@ def test_rows_shown_in_the_docs_are_rows() -> None:
 
 
 @pytest.mark.parametrize("name", [*TEMPLATES, "chatml auto", "trims", "injects", "last"])
-def test_long_conversations_take_no_more_renderings_than_short_ones(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_long_conversations_take_no_more_renderings_than_short_ones(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither to lay out, nor to cut to `max_length`; each rendering takes time in proportion to the length."""
     num_renders = 0
     original = chat_layout.render

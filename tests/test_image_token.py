@@ -11,8 +11,8 @@ import tiny
 import torch
 from transformers import AutoProcessor, AutoTokenizer
 
-from vir_hf import LlavaDataCollator, LlavaProcessor, build, encode_prompt, encode_row, load_llava_dataset
-from vir_hf.conversations import to_messages
+from vir_hf import LlavaDataCollator, LlavaProcessor, build, encode_row, load_llava_dataset
+from vir_hf.conversations import encode_prompt, to_messages
 from vir_hf.errors import DataError
 from vir_hf.templates import TEMPLATES
 
@@ -70,13 +70,17 @@ def test_a_trained_model_is_opened_again_with_the_same_ids(
         asked = to_messages(row)["messages"][:1]
         num_images = sum(part["type"] == "image" for part in asked[0]["content"])
         text = stock.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-        prompt = encode_prompt({"messages": asked, "images": row["images"][:num_images]}, processor, expand_images=False)
+        prompt = encode_prompt(
+            {"messages": asked, "images": row["images"][:num_images]}, processor, expand_images=False
+        )
         assert stock.tokenizer(text, add_special_tokens=False)["input_ids"] == prompt
         assert prompt.count(processor.image_token_id) == num_images
 
 
 @pytest.mark.parametrize("template", [*TEMPLATES, "auto"])
-def test_the_words_image_in_data_stay_the_data_format(language_models: dict[str, Path], tiny_parts: Path, template: str) -> None:
+def test_the_words_image_in_data_stay_the_data_format(
+    language_models: dict[str, Path], tiny_parts: Path, template: str
+) -> None:
     processor = build(str(language_models["own"]), str(tiny_parts / "tower"), template)[1]
     turns = [{"from": "human", "value": f"<image>\nIs {OWN} here?"}, {"from": "gpt", "value": f"{OWN} <image>"}]
     encoded = encode_row({"conversations": turns, "image": "a.png"}, processor)
@@ -88,7 +92,10 @@ def test_no_message_advises_the_template_that_was_chosen(
     language_models: dict[str, Path], tiny_parts: Path, template: str
 ) -> None:
     processor = build(str(language_models["own"]), str(tiny_parts / "tower"), template)[1]
-    processor.chat_template = "{% for m in messages %}{{ m.role }}: {% for p in m.content if p.type == 'text' %}{{ p.text }}{% endfor %}</s>{% endfor %}"
+    processor.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {% for p in m.content if p.type == 'text' %}{{ p.text }}{% endfor %}</s>"
+        "{% endfor %}"
+    )
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "Red."}]
     with pytest.raises(DataError, match="writes 0 of 1 images") as caught:
         encode_row({"conversations": turns, "image": "a.png"}, processor)

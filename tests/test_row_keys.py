@@ -74,7 +74,7 @@ class TestKeysOfARow:
         found = to_messages(row(**{key: value}))["images"]
         (image,) = found
         assert image == "a.png" if value in ("a.png", ["a.png"]) else image["bytes"] == PNG
-        assert [problem for problem in row_problems(row(**{key: value}))] == []
+        assert list(row_problems(row(**{key: value}))) == []
 
     def test_a_further_name_beside_image_is_not_read(self) -> None:
         given_row = row(image="a.png", image_url="https://example.org/b.png")
@@ -82,13 +82,16 @@ class TestKeysOfARow:
         assert ("image_url", False) in list(unread_keys(given_row))
 
     @pytest.mark.parametrize(
-        "more", [{"images": ["b.png"]}, {"images": ["a.png", "b.png"]}, {"Image": "b.png"}, {"images": [{"bytes": PNG}]}]
+        "more",
+        [{"images": ["b.png"]}, {"images": ["a.png", "b.png"]}, {"Image": "b.png"}, {"images": [{"bytes": PNG}]}],
     )
     def test_two_names_of_the_image_must_agree(self, more: dict[str, Any]) -> None:
         with pytest.raises(DataError, match="and they differ"):
             to_messages(row(image="a.png", **more))
 
-    @pytest.mark.parametrize("other", ["a.png", "./a.png", "x/../a.png", {"path": "a.png"}, {"path": "a.png", "bytes": None}])
+    @pytest.mark.parametrize(
+        "other", ["a.png", "./a.png", "x/../a.png", {"path": "a.png"}, {"path": "a.png", "bytes": None}]
+    )
     def test_one_image_in_two_spellings_is_one(self, other: Any) -> None:
         assert to_messages(row(image="a.png", images=[other]))["images"]
 
@@ -116,7 +119,9 @@ class TestKeysOfARow:
         assert next(iter(row_problems(row("What?", **{key: "a.mp4"}))))[0] == "not_an_image"
         assert not list(row_problems(row("What?", **{key: None})))
 
-    @pytest.mark.parametrize("key", ["reasoning_content", "tools", "tool_calls", "chosen", "rejected", "mask", "loss", "weight"])
+    @pytest.mark.parametrize(
+        "key", ["reasoning_content", "tools", "tool_calls", "chosen", "rejected", "mask", "loss", "weight"]
+    )
     def test_what_a_model_could_learn_from_is_reported(self, key: str) -> None:
         assert ("not_read", f"{key} is not read") in list(row_problems(row("What?", **{key: "x"})))
 
@@ -158,7 +163,11 @@ class TestKeysOfATurn:
     def test_marks_that_disagree_are_refused(self) -> None:
         with pytest.raises(DataError, match="is to be learned by 'train' and not by 'loss'"):
             to_messages(marked(loss=0, train=True))
-        turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "loss": 0}, {"from": "gpt", "value": "b"}]
+        turns = [
+            {"from": "human", "value": "q"},
+            {"from": "gpt", "value": "a", "loss": 0},
+            {"from": "gpt", "value": "b"},
+        ]
         with pytest.raises(DataError, match="are one answer, and only one of them"):
             to_messages({"conversations": turns})
 
@@ -175,7 +184,10 @@ class TestKeysOfATurn:
             given_row["conversations"][0]["loss"] = value
             assert [detail for kind, detail in row_problems(given_row) if kind == "not_read"] == expected
 
-    @pytest.mark.parametrize(("key", "kind"), [("image", "bad_row"), ("image_url", "bad_row"), ("video", "not_an_image"), ("audio", "not_an_image")])
+    @pytest.mark.parametrize(
+        ("key", "kind"),
+        [("image", "bad_row"), ("image_url", "bad_row"), ("video", "not_an_image"), ("audio", "not_an_image")],
+    )
     def test_an_image_of_a_turn_is_refused(self, key: str, kind: str) -> None:
         given_row = row("What?")
         given_row["conversations"][0][key] = "a.png"
@@ -272,7 +284,11 @@ def encoder(processor: Any) -> Answerer:
     """An `Answerer` that encodes and has no model; images stay what they are."""
     answerer: Any = object.__new__(Answerer)
     config = SimpleNamespace(get_text_config=lambda: SimpleNamespace())
-    answerer.processor, answerer.model, answerer._preprocess = processor, SimpleNamespace(config=config), lambda image: image
+    answerer.processor, answerer.model, answerer._preprocess = (
+        processor,
+        SimpleNamespace(config=config),
+        lambda image: image,
+    )
     return answerer
 
 
@@ -280,7 +296,9 @@ def encoder(processor: Any) -> Answerer:
 @pytest.mark.parametrize("kind", ["bytes_with_turns", "metaspace"])
 @given(drawn=any_rows())
 @texts.FAST
-def test_inference_sends_what_training_reads_before_each_answer(kind: str, template: str, drawn: dict[str, Any]) -> None:
+def test_inference_sends_what_training_reads_before_each_answer(
+    kind: str, template: str, drawn: dict[str, Any]
+) -> None:
     processor = texts.tiny(kind, template)
     try:
         normal = to_messages(drawn)
@@ -298,7 +316,9 @@ def test_inference_sends_what_training_reads_before_each_answer(kind: str, templ
         if not question.text.strip() and not question.images:
             continue  # inference refuses to ask nothing
         prompt = encoder(processor).encode(question)
-        assert prompt.input_ids == encode_prompt({"messages": asked, "images": normal["images"][:num_images]}, processor)
+        assert prompt.input_ids == encode_prompt(
+            {"messages": asked, "images": normal["images"][:num_images]}, processor
+        )
         assert prompt.pixel_values == normal["images"][:num_images]
         assert encoded["input_ids"][: len(prompt.input_ids)] == prompt.input_ids
         has_text = bool(messages[number]["content"][0]["text"])
@@ -312,16 +332,34 @@ values = st.one_of(
     st.booleans(),
     st.integers(),
     st.floats(allow_nan=False),
-    st.sampled_from(["", "a.png", "b.jpg", DATA_URI, BASE64, "x" * 10_000, "<image>", "data:image/png;base64,@", "a.mp4"]),
+    st.sampled_from(
+        ["", "a.png", "b.jpg", DATA_URI, BASE64, "x" * 10_000, "<image>", "data:image/png;base64,@", "a.mp4"]
+    ),
     st.text(max_size=8),
     st.binary(max_size=8),
     st.sampled_from([PNG, b"\xff\xd8\xff" * 4000]),
 )
 junk = st.recursive(
-    values, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4), max_leaves=8
+    values,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4),
+    max_leaves=8,
 )
 keys = st.sampled_from(
-    ["id", "image", "images", "Image", "img", "image_url", "system", "video", "audio", "loss", "tools", "source", "messages"]
+    [
+        "id",
+        "image",
+        "images",
+        "Image",
+        "img",
+        "image_url",
+        "system",
+        "video",
+        "audio",
+        "loss",
+        "tools",
+        "source",
+        "messages",
+    ]
 ) | st.text(max_size=12)
 
 
@@ -329,7 +367,19 @@ keys = st.sampled_from(
 def plain_rows(draw: Callable[..., Any]) -> dict[str, Any]:
     """Rows that are ordinary or nearly so, in the words on which the fast reader decides."""
     words = st.sampled_from(
-        ["What?", "<image>", "<image>\nWhat?", "What <image> is?", " a ", "", " ", "<video>", "a <audio>", "<image><image>", "\u2003"]
+        [
+            "What?",
+            "<image>",
+            "<image>\nWhat?",
+            "What <image> is?",
+            " a ",
+            "",
+            " ",
+            "<video>",
+            "a <audio>",
+            "<image><image>",
+            "\u2003",
+        ]
     )
     turns = []
     for number in range(draw(st.integers(0, 5))):
@@ -384,14 +434,30 @@ def test_evaluation_names_the_first_image_however_it_is_written() -> None:
 # (3) No message is longer than MAX_MESSAGE characters.
 
 roles = st.one_of(st.sampled_from(["human", "gpt", "system", "user", "x" * 10_000]), junk)
+value = st.sampled_from(["<image> q", "a"]) | junk
 junk_turns = st.fixed_dictionaries(
-    {}, optional={"from": roles, "value": st.sampled_from(["<image> q", "a"]) | junk, "role": roles, "content": junk, "loss": junk}
+    {},
+    optional={
+        "from": roles,
+        "value": st.sampled_from(["<image> q", "a"]) | junk,
+        "role": roles,
+        "content": junk,
+        "loss": junk,
+    },
 )
+turn_lists = st.lists(junk_turns, max_size=4) | junk
 junk_rows = st.one_of(
     junk,
     plain_rows(),
     st.fixed_dictionaries(
-        {}, optional={"id": junk, "conversations": st.lists(junk_turns, max_size=4) | junk, "image": junk, "images": junk, "system": junk}
+        {},
+        optional={
+            "id": junk,
+            "conversations": turn_lists,
+            "image": junk,
+            "images": junk,
+            "system": junk,
+        },
     ),
 )
 
@@ -416,7 +482,7 @@ def test_no_message_about_a_row_is_long(drawn: Any) -> None:
         *(detail for _, detail in row_problems(drawn)),
     ):
         assert len(message) <= MAX_MESSAGE
-    bad = normalise_row(drawn, ImageFolder("/nowhere"), "f" * 50, 17)
+    bad = normalise_row(drawn, ImageFolder(tempfile.gettempdir()), "f" * 50, 17)
     if isinstance(bad, BadRow):
         assert len(bad.detail) <= MAX_MESSAGE
         assert len(bad.id) <= 80
@@ -431,15 +497,20 @@ def test_no_message_about_a_row_is_long(drawn: Any) -> None:
 def test_no_message_about_an_image_is_long(drawn: Any) -> None:
     assert len(message_of(lambda: open_image(drawn))) <= MAX_MESSAGE
     if isinstance(drawn, str):
-        assert len(message_of(lambda: ImageFolder("/nowhere").locate(drawn))) <= MAX_MESSAGE
+        assert len(message_of(lambda: ImageFolder(tempfile.gettempdir()).locate(drawn))) <= MAX_MESSAGE
 
 
 @pytest.mark.parametrize(
-    "reference", ["x" * 10_000, "../" * 3000 + "x", "https://e.org/" + "y" * 9000, DATA_URI * 100, "a\0b" * 2000, "/" * 9000]
+    "reference",
+    ["x" * 10_000, "../" * 3000 + "x", "https://e.org/" + "y" * 9000, DATA_URI * 100, "a\0b" * 2000, "/" * 9000],
 )
 def test_a_long_reference_is_cut_in_messages(reference: str, tmp_path: Path) -> None:
     folder = ImageFolder(str(tmp_path))
-    for call in (lambda: folder.locate(reference), lambda: open_image(reference), lambda: open_image(reference, str(tmp_path))):
+    for call in (
+        lambda: folder.locate(reference),
+        lambda: open_image(reference),
+        lambda: open_image(reference, str(tmp_path)),
+    ):
         assert 0 < len(message_of(call)) <= MAX_MESSAGE
 
 

@@ -146,12 +146,17 @@ def test_a_picture_counts_once_only_where_the_text_before_it_is_the_same() -> No
     assert fill([3, 4], rows, 900, tokens_per_image=576) == [[3], [4]]  # nothing is shared
 
 
-@pytest.mark.parametrize("systems", [("Be brief.", "Be brief."), ("Be brief.", "Answer at length."), (None, "Be brief.")])
+@pytest.mark.parametrize(
+    "systems", [("Be brief.", "Be brief."), ("Be brief.", "Answer at length."), (None, "Be brief.")]
+)
 def test_the_tokens_that_are_planned_are_those_of_the_batch(tiny_parts: Path, systems: tuple[str | None, str]) -> None:
     processor = build(str(tiny_parts / "lm"), str(tiny_parts / "tower"), "vicuna_v1")[1]
     rows = []
     for number, system in enumerate(systems):
-        turns = [("user", [{"type": "image"}, {"type": "text", "text": "What is it?"}]), ("assistant", [{"type": "text", "text": "Red."}])]
+        turns = [
+            ("user", [{"type": "image"}, {"type": "text", "text": "What is it?"}]),
+            ("assistant", [{"type": "text", "text": "Red."}]),
+        ]
         turns = ([("system", [{"type": "text", "text": system}])] if system else []) + turns
         messages = [{"role": role, "content": content} for role, content in turns]
         image = {"path": str(tiny_parts / "images" / "0000.png"), "bytes": None}
