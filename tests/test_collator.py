@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vir_hf import DataError, LlavaDataCollator, build, encode_row, load_llava_dataset
+from vir_hf import DataError, LlavaDataCollator, build, collator, conversations, encode_row, load_llava_dataset
 
 
 @pytest.fixture(scope="module")
@@ -251,3 +251,29 @@ def test_a_picture_that_comes_twice_in_a_row_counts_as_two_of_the_same_content(p
         with torch.no_grad():
             losses.append(float(model(**batch).loss))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0] != pytest.approx(losses[2], rel=1e-5)
+
+
+@pytest.mark.parametrize("padding_free", [True, False])
+@pytest.mark.parametrize("num_given", [0, 2])
+def test_image_tokens_never_leave_without_their_images(
+    parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, padding_free: bool, num_given: int
+) -> None:
+    _, processor, _ = parts
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    row = image_row(tmp_path / "a.png", "row-7")
+    encoded, images = conversations.encode_with_images(row, processor)
+    monkeypatch.setattr(collator, "encode_with_images", lambda *_, **__: (encoded, images * num_given))
+    tokens = processor.num_image_tokens
+    with pytest.raises(
+        DataError, match=rf"row 'row-7': {tokens} image tokens for {num_given} images of {tokens} tokens"
+    ):
+        LlavaDataCollator(processor, padding_free=padding_free)([row])
+
+
+def test_text_that_spells_the_image_token_fills_no_image(parts, tmp_path: Path) -> None:
+    _, processor, _ = parts
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    row = image_row(tmp_path / "a.png", "a", answer=f"{processor.image_token} is a word")
+    batch = LlavaDataCollator(processor)([row])
+    assert int((batch["input_ids"] == processor.image_token_id).sum()) == processor.num_image_tokens
+    assert len(batch["pixel_values"]) == 1

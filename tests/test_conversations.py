@@ -1056,3 +1056,63 @@ def test_rows_shown_in_the_docs_are_rows() -> None:
     for row in rows:
         assert list(row_problems(row)) == []
         assert encode_row(row, tiny("bytes_with_turns", "vicuna_v1"))["input_ids"]
+
+
+@pytest.mark.parametrize("name", [*TEMPLATES, "chatml auto", "trims", "injects", "last"])
+def test_long_conversations_take_no_more_renderings_than_short_ones(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither to lay out, nor to cut to `max_length`; each rendering takes time in proportion to the length."""
+    num_renders = 0
+    original = chat_layout.render
+
+    def counted(*arguments: Any, **keywords: Any) -> str:
+        nonlocal num_renders
+        num_renders += 1
+        return original(*arguments, **keywords)
+
+    def work(num_exchanges: int, cut: bool) -> int:
+        nonlocal num_renders
+        tokenizer = make_tokenizer("bytes_with_turns")
+        if name not in TEMPLATES:
+            tokenizer.chat_template = AUTO_TEMPLATES[name.partition(" ")[0]]
+        processor = make_processor(tokenizer, name if name in TEMPLATES else "auto")
+        row = llava_row(*[" Is it? ", " Yes,\n it is. "] * num_exchanges)
+        num_tokens = len(encode_row(row, processor)["input_ids"])
+        processor = make_processor(tokenizer, processor.template)
+        vir_hf.conversations._LAYOUTS.clear()
+        num_renders = 0
+        encoded = encode_row(row, processor, max_length=num_tokens // 2 if cut else None)
+        assert len(encoded["input_ids"]) <= (num_tokens // 2 if cut else num_tokens)
+        return num_renders
+
+    monkeypatch.setattr(chat_layout, "render", counted)
+    for cut in (False, True):
+        few, many = work(50, cut), work(500, cut)
+        assert 0 < many <= few <= 40, (few, many)
+
+
+def test_cutting_a_template_that_writes_more_after_the_last_turn_takes_few_tries(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The end is longer than many turns together, so that turns must go which would fit among others."""
+    template = (
+        "{% for m in messages %}{{ m.role + ':' + m.content }}{% if m.role == 'assistant' %}</s>{% endif %}"
+        "{% if loop.last and m.role == 'assistant' %}" + "END OF ALL " * 60 + "{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    tokenizer = make_tokenizer("bytes")
+    tokenizer.chat_template = template
+    processor = make_processor(tokenizer, "auto")
+    row = llava_row(*["q", "a"] * 200)
+    whole = len(encode_row(row, processor)["input_ids"])
+    num_tries = 0
+    original = vir_hf.conversations._encode
+
+    def counted(*arguments: Any, **keywords: Any) -> Any:
+        nonlocal num_tries
+        num_tries += 1
+        return original(*arguments, **keywords)
+
+    monkeypatch.setattr(vir_hf.conversations, "_encode", counted)
+    encoded = encode_row(row, processor, max_length=whole // 2)
+    assert 0 < len(encoded["input_ids"]) <= whole // 2
+    assert num_tries <= 20

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
+from vir_hf import LlavaDataCollator, build
+from vir_hf.planning import size_of_row
 from vir_hf.sampling import RowSize, StepSampler, deal, fill
 
 
@@ -129,3 +132,43 @@ def test_limits_must_be_one_of_two() -> None:
         StepSampler(sizes(4), 2)
     with pytest.raises(ValueError, match="rank 2 of 2"):
         StepSampler(sizes(4), 2, micro_batch_rows=1, num_replicas=2, rank=2)
+
+
+def test_a_picture_counts_once_only_where_the_text_before_it_is_the_same() -> None:
+    rows = [RowSize(700, 1, "same.jpg", prefix) for prefix in ("a", "a", "b", None, None)]
+    for bin_ in fill(range(5), rows, 1900, tokens_per_image=576):
+        shared = len([row for row in bin_ if rows[row].prefix_key is not None]) - len(
+            {rows[row].prefix_key for row in bin_} - {None}
+        )
+        assert sum(rows[row].num_tokens for row in bin_) - max(shared, 0) * 576 <= 1900
+    assert fill(range(2), rows, 900, tokens_per_image=576) == [[0, 1]]  # the text is the same
+    assert fill([0, 2], rows, 900, tokens_per_image=576) == [[0], [2]]  # it is not
+    assert fill([3, 4], rows, 900, tokens_per_image=576) == [[3], [4]]  # nothing is shared
+
+
+@pytest.mark.parametrize(
+    "systems", [("Be brief.", "Be brief."), ("Be brief.", "Answer at length."), (None, "Be brief.")]
+)
+def test_the_tokens_that_are_planned_are_those_of_the_batch(tiny_parts: Path, systems: tuple[str | None, str]) -> None:
+    processor = build(str(tiny_parts / "lm"), str(tiny_parts / "tower"), "vicuna_v1")[1]
+    rows = []
+    for number, system in enumerate(systems):
+        turns = [
+            ("user", [{"type": "image"}, {"type": "text", "text": "What is it?"}]),
+            ("assistant", [{"type": "text", "text": "Red."}]),
+        ]
+        turns = ([("system", [{"type": "text", "text": system}])] if system else []) + turns
+        messages = [{"role": role, "content": content} for role, content in turns]
+        image = {"path": str(tiny_parts / "images" / "0000.png"), "bytes": None}
+        rows.append({"id": str(number), "messages": messages, "images": [image]})
+    batch = LlavaDataCollator(processor, max_length=512)(rows)
+    sizes = [size_of_row(row, processor, 512) for row in rows]
+    planned = fill(range(2), sizes, 10_000, processor.num_image_tokens)
+    assert planned == [[0, 1]]
+    limit = batch["input_ids"].shape[1]
+    # What text is shared besides the image is not planned for, so a batch is never longer than its plan.
+    shares = systems[0] == systems[1]
+    total = sum(size.num_tokens for size in sizes) - (processor.num_image_tokens if shares else 0)
+    assert limit <= total and (limit == total or shares)
+    assert fill(range(2), sizes, total, processor.num_image_tokens) == [[0, 1]]
+    assert len(fill(range(2), sizes, total - 1, processor.num_image_tokens)) == 2

@@ -197,12 +197,12 @@ class LlavaDataCollator:
         if not row.images:
             return 0
         end = row.input_ids.index(self.processor.image_token_id) + self.processor.num_image_tokens
-        return end if end <= shareable_length(row) else 0
+        return end if end <= shareable_length(row.labels) else 0
 
     def _shared_length(self, rows: list[_Row]) -> int:
         """The longest beginning all rows have in common, never ending inside a picture nor covering different ones."""
         first = rows[0]
-        limit = min(shareable_length(row) for row in rows)
+        limit = min(shareable_length(row.labels) for row in rows)
         length = min(self._first_picture_end(first), limit)
         while length < limit and all(row.input_ids[length] == first.input_ids[length] for row in rows[1:]):
             length += 1
@@ -235,10 +235,10 @@ class LlavaDataCollator:
         return batch
 
 
-def shareable_length(row: _Row) -> int:
-    """How many leading tokens another row may share: all that come before the predecessor of the first supervised one.
+def shareable_length(labels: Sequence[int]) -> int:
+    """How many leading tokens of a row with these labels may be shared: all before the predecessor of the first supervised one.
 
     The predecessor stays in the row's own segment, so that each row is scored on its own first supervised token.
     """
-    first_supervised = next((i for i, label in enumerate(row.labels) if label != IGNORE), len(row.labels))
+    first_supervised = next((i for i, label in enumerate(labels) if label != IGNORE), len(labels))
     return max(first_supervised - 1, 0)

@@ -500,18 +500,28 @@ def encode_messages(
     return _fit(messages, encoded, processor, expand_images, max_length)
 
 
+_MAX_NEIGHBOURS_TRIED = 8
+
+
 def _fit(
     messages: list[dict[str, Any]], encoded: _Encoded, processor: Any, expand_images: bool, max_length: int
 ) -> dict[str, Any]:
     """Return the row cut to `max_length`: whole turns from the end, then the end of the first answer, never an image."""
     answered = list(encoded.ends)
     if len(encoded.input_ids) > max_length:
-        fitting = [number for number in answered if encoded.ends[number] <= max_length]
-        for number in dict.fromkeys([*reversed(fitting), answered[0]]):
+        whole, num_tried, margin = encoded.ends, 0, 0
+        for number in reversed(answered):
+            # A template may write more after the last turn than between turns, or of it, so what fits is found by trying:
+            # the next turns first, then in leaps that double, for few renderings of a long conversation.
+            if number != answered[0] and whole[number] + margin > max_length:
+                continue
             messages = messages[: number + 1]
             encoded = _encode(messages, processor, expand_images)
             if encoded.ends[number] <= max_length:
                 break
+            num_tried += 1
+            if num_tried >= _MAX_NEIGHBOURS_TRIED:
+                margin = max(2 * margin, encoded.ends[number] - whole[number], 1)
     input_ids, labels = encoded.input_ids[:max_length], encoded.labels[:max_length]
     if all(label == IGNORE for label in labels):
         asked = next(i for i, label in enumerate(encoded.labels) if label != IGNORE)

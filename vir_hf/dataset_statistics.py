@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from vir_hf.conversations import examine, is_learned
 from vir_hf.errors import DataError
 from vir_hf.row_files import find_data_files, read_rows
 
@@ -126,29 +127,17 @@ def estimate_statistics(recipe: Recipe, tokens_per_image: int) -> tuple[DatasetS
 
 
 def _row_length(row: Any, count_tokens: Callable[[str], int]) -> tuple[int, int, int, int] | None:
-    """Return `(tokens of text, of answers, turns, images)` of a raw or normalised row; `None` for what is no row."""
-    if not isinstance(row, dict):
+    """Return `(tokens of text, of answers that are learned, turns, images)` of a row; `None` for one that is left out."""
+    normal = examine(row)[1]
+    if normal is None:
         return None
-    turns = row.get("conversations") or row.get("messages")
-    if not isinstance(turns, list):
-        return None
-    total = answers = images = 0
-    for turn in turns:
-        if not isinstance(turn, dict):
-            return None
-        value = turn.get("value", turn.get("content"))
-        if isinstance(value, list):
-            value = " ".join(str(part.get("text") or "") for part in value if isinstance(part, dict))
-        tokens = count_tokens(str(value or "").replace("<image>", ""))
+    total = answers = 0
+    for message in normal["messages"]:
+        tokens = count_tokens("".join(part["text"] for part in message["content"] if part["type"] == "text"))
         total += tokens
-        if turn.get("from", turn.get("role")) in ("gpt", "assistant"):
+        if is_learned(message):
             answers += tokens + 1
-    reference = row.get("image", row.get("images"))
-    if isinstance(reference, (list, tuple)):
-        images = len(reference)
-    elif reference:
-        images = 1
-    return total, answers, len(turns), images
+    return total, answers, len(normal["messages"]), len(normal["images"])
 
 
 def _token_counter(recipe: Recipe) -> tuple[Callable[[str], int], str]:

@@ -16,11 +16,12 @@ from typing import Any
 from PIL import Image
 
 from vir_hf.checkpoints import OF_EVALUATION, run_folder
-from vir_hf.errors import DataError
+from vir_hf.errors import DataError, shown
 from vir_hf.files import writing
+from vir_hf.identity import picture_identity
 from vir_hf.images import open_image
 from vir_hf.inference import Answerer, Question
-from vir_hf.questions import row_question, row_references
+from vir_hf.questions import question_messages, row_question, row_references
 
 EVALUATION = "evaluation.json"
 SAMPLES = "samples.json"
@@ -36,7 +37,7 @@ class Case:
     id: str
     question: Question
     references: Sequence[str]
-    picture: str | None = None  # the name of its first
+    picture: str | None = None  # which image its first is
 
 
 def read_cases(rows: Sequence[Mapping[str, Any]], folder: str) -> list[Case]:
@@ -50,14 +51,13 @@ def read_cases(rows: Sequence[Mapping[str, Any]], folder: str) -> list[Case]:
         try:
             cases.append(Case(str(row["id"]), row_question(row, folder), row_references(row), _first_picture(row)))
         except DataError as error:
-            raise DataError(f"row with id {row['id']}: {error}") from error
+            raise DataError(f"row with id {shown(row['id'])}: {error}") from error
     return cases
 
 
 def _first_picture(row: Mapping[str, Any]) -> str | None:
-    given = row.get("images", row.get("image"))
-    first = given[0] if isinstance(given, list) and given else given
-    return first if isinstance(first, str) else None
+    images = question_messages(row)["images"]
+    return str(picture_identity(images[0])) if images else None
 
 
 def answer_cases(

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from vir_hf import html_pages
 from vir_hf.conversations import encode_row
-from vir_hf.errors import DataError
+from vir_hf.errors import DataError, clipped
 from vir_hf.images import open_image
 from vir_hf.preprocessing import ImagePreprocessor
 from vir_hf.terminal import printable
@@ -55,7 +55,7 @@ class InspectedRow:
     def title(self) -> str:
         """Number, id and counts in one line."""
         num_image_tokens = sum(len(span.ids) for span in self.spans if span.sort == "image")
-        parts = [f"row {self.number}", f"id {self.id}", f"{self.num_tokens} tokens"]
+        parts = [f"row {self.number}", f"id {clipped(self.id, 80)}", f"{self.num_tokens} tokens"]
         parts += [f"{num_image_tokens} of images"] if num_image_tokens else []
         parts += [f"{self.num_learned} learned"]
         parts += [f"{self.num_cut} cut off to keep max_length"] if self.num_cut else []

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate import PartialState
 
 import vir_hf
+from vir_hf.collator import shareable_length
 from vir_hf.conversations import encode_row
 from vir_hf.errors import DataError, RecipeError
 from vir_hf.identity import picture_identity
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 # Below this many rows one process measures them sooner than several start.
 _ROWS_PER_PROCESS = 20_000
 # Part of the cache's name: raised when what is measured, or how rows are encoded, changes.
-_MEASURE_VERSION = 3
+_MEASURE_VERSION = 4
 
 
 def plan_steps(
@@ -72,7 +73,16 @@ def size_of_row(row: dict[str, Any], processor: LlavaProcessor, max_length: int 
     images = row["images"] or []
     num_images = encoding.get("num_images", len(images))  # what is left where turns were cut off
     key = picture_identity(images[0]) if num_images else None
-    return RowSize(len(encoding["input_ids"]), num_images, key if isinstance(key, str) else None)
+    prefix = _prefix_key(encoding, processor) if num_images else ""
+    return RowSize(len(encoding["input_ids"]), num_images, key if isinstance(key, str) else None, prefix)
+
+
+def _prefix_key(encoding: dict[str, Any], processor: LlavaProcessor) -> str | None:
+    """Return what the ids before the first picture have in common with those of rows that share it, as the collator does."""
+    start = encoding["input_ids"].index(processor.image_token_id)
+    if start + processor.num_image_tokens > shareable_length(encoding["labels"]):
+        return None
+    return hashlib.sha256(repr(encoding["input_ids"][:start]).encode()).hexdigest()[:16]
 
 
 def global_batch_size(recipe: Recipe, world_size: int) -> int:
@@ -146,7 +156,7 @@ def measure_rows(
         bad_rows += found
         good = [number for number, reason in enumerate(reasons) if reason is None]
         rows, measured = rows.select(good), measured.select(good)
-    columns = [measured[name] for name in ("num_tokens", "num_images", "image_key")]
+    columns = [measured[name] for name in ("num_tokens", "num_images", "image_key", "prefix_key")]
     return rows, [RowSize(*values) for values in zip(*columns, strict=True)]
 
 

@@ -67,17 +67,26 @@ def row_question(row: Mapping[str, Any], folder: str, system: str | None = None)
     Raises:
         DataError: no question in the row, or a picture outside the folder.
     """
-    if row.get("conversations") is None and row.get("messages") is None:
-        text = row.get("question", row.get("text"))
-        if not isinstance(text, str):
-            raise DataError("the row has neither 'question' nor 'conversations'.")
-        row = {**row, "conversations": [{"from": "human", "value": text}]}
-    given = to_messages(row)
+    given = question_messages(row)
     messages = last_question(given["messages"])
     num_images = sum(part["type"] == "image" for message in messages for part in message["content"])
     images = [open_image(image, folder) for image in given["images"][:num_images]]
     question = Question.of_messages(messages, images)
     return question if system is None else replace(question, system=system)
+
+
+def question_messages(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `to_messages` of a row, which may have a `question` (or `text`) in place of a conversation.
+
+    Raises:
+        DataError: as `to_messages`, or no question in the row.
+    """
+    if row.get("conversations") is None and row.get("messages") is None:
+        text = row.get("question", row.get("text"))
+        if not isinstance(text, str):
+            raise DataError("the row has neither 'question' nor 'conversations'.")
+        row = {**row, "conversations": [{"from": "human", "value": text}]}
+    return to_messages(row)
 
 
 def answered_ids(output: Path) -> set[str]:

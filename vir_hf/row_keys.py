@@ -150,13 +150,9 @@ def picture_of_part(part: Mapping[str, Any]) -> Any:
 
 def is_other_picture(one: Any, other: Any) -> bool:
     """Whether two references name different images, as far as they themselves say."""
-    return _content_or_name(one) != _content_or_name(other)
+    from vir_hf.identity import picture_identity  # brings NumPy and Arrow, which few rows need
 
-
-def _content_or_name(reference: Any) -> Any:
-    if isinstance(reference, Mapping):
-        return reference["bytes"] if reference.get("bytes") is not None else reference.get("path")
-    return reference
+    return one is not other and picture_identity(one) != picture_identity(other)
 
 
 def picture_of(value: Any) -> Any:

@@ -24,11 +24,14 @@ class RowSize:
         num_tokens: text and image tokens.
         num_images: pictures in the row.
         image_key: the first picture's `picture_identity`, `None` for a row of text alone.
+        prefix_key: which text stands before the first picture. Rows of one picture share its tokens where this is the same;
+            `None`: the row shares nothing.
     """
 
     num_tokens: int
     num_images: int = 0
     image_key: str | None = None
+    prefix_key: str | None = ""
 
 
 @dataclass(frozen=True)
@@ -81,15 +84,18 @@ def split_into_steps(
 
 
 def _units(rows: Sequence[int], sizes: Sequence[RowSize], tokens_per_image: int) -> list[tuple[int, list[int]]]:
-    """`(tokens, rows)` for every group of rows that share a picture, the shared picture counted once."""
+    """`(tokens, rows)` for every group of rows about one picture, which counts once for those that begin with the same text."""
     groups: dict[Any, list[int]] = {}
     for row in rows:
         key = sizes[row].image_key
         groups.setdefault(("text", row) if key is None else key, []).append(row)
-    return [
-        (sum(sizes[row].num_tokens for row in members) - (len(members) - 1) * tokens_per_image, members)
-        for members in groups.values()
-    ]
+
+    def num_tokens(members: list[int]) -> int:
+        prefixes = [sizes[row].prefix_key for row in members]
+        num_sharing = sum(prefix is not None for prefix in prefixes) - len(set(prefixes) - {None})
+        return sum(sizes[row].num_tokens for row in members) - num_sharing * tokens_per_image
+
+    return [(num_tokens(members), members) for members in groups.values()]
 
 
 def deal(

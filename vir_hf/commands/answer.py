@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vir_hf import files
-from vir_hf.errors import DataError, RecipeError
+from vir_hf.errors import DataError, RecipeError, clipped, shown
 
 if TYPE_CHECKING:
     from vir_hf.inference import Answerer, Prompt
@@ -183,5 +183,5 @@ def _encode(
         try:
             prompts.append((row, answerer.encode(row_question(row, folder, system))))
         except DataError as error:
-            failures.append(f"error: id {row['id']!r}: {error}")
+            failures.append(clipped(f"error: id {shown(row['id'])}: {error}"))
     return prompts, failures
