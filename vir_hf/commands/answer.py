@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from vir_hf.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
+    from vir_hf.image_folder import ImageFolder
     from vir_hf.inference import Answerer, Prompt
 
 _EPILOG = """\
@@ -132,6 +133,7 @@ def _answer_one(arguments: argparse.Namespace) -> int:
 def _answer_file(arguments: argparse.Namespace) -> int:
     from tqdm.auto import tqdm
 
+    from vir_hf.image_folder import ImageFolder
     from vir_hf.questions import answered_ids, read_questions
 
     options = generation_options(arguments)
@@ -143,7 +145,7 @@ def _answer_file(arguments: argparse.Namespace) -> int:
         print(f"{len(rows) - len(pending)} of {len(rows)} are answered in {output} already", file=sys.stderr)
     num_failed = 0
     if pending:
-        folder = arguments.image_folder or str(Path(arguments.input).resolve().parent)
+        folder = ImageFolder(arguments.image_folder or str(Path(arguments.input).resolve().parent))  # listed once
         answerer = load_answerer(arguments)
         output.parent.mkdir(parents=True, exist_ok=True)
         bar = tqdm(total=len(rows), initial=len(rows) - len(pending), unit="row", dynamic_ncols=True)
@@ -170,7 +172,7 @@ def _batches(rows: list[dict[str, Any]], size: int) -> Iterator[list[dict[str, A
 
 
 def _encode(
-    answerer: Answerer, rows: list[dict[str, Any]], folder: str, system: str | None
+    answerer: Answerer, rows: list[dict[str, Any]], folder: ImageFolder, system: str | None
 ) -> tuple[list[tuple[dict[str, Any], Prompt]], list[str]]:
     """Return the rows that can be asked, and a line for each that cannot."""
     from vir_hf.questions import row_question
