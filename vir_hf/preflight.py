@@ -69,9 +69,11 @@ def check_output_dir(output_dir: Path) -> None:
 
 def check_trackers(report_to: Any) -> None:
     """Raise for a tracker that is not installed or would stop the run for want of a login."""
-    names = [report_to] if isinstance(report_to, str) else list(report_to or [])
     import importlib.util
 
+    names = [report_to] if isinstance(report_to, str) else list(report_to or [])
+    if names == ["all"]:  # of all there are, upstream takes those that are installed
+        names = [name for name, package in _TRACKER_PACKAGES.items() if importlib.util.find_spec(package) is not None]
     for name in names:
         package = _TRACKER_PACKAGES.get(name)
         if package and importlib.util.find_spec(package) is None:
@@ -80,20 +82,45 @@ def check_trackers(report_to: Any) -> None:
                 f"training.report_to={name}: the package {package}{alternative} is not installed. pip install {package}, or set "
                 "training.report_to=none."
             )
-        if name == "wandb" and os.environ.get("WANDB_MODE") not in ("offline", "disabled"):
-            has_login = bool(os.environ.get("WANDB_API_KEY")) or "api.wandb.ai" in _netrc()
-            if not has_login:
-                raise RecipeError(
-                    "training.report_to=wandb: nobody is logged in. Run `wandb login`, or set WANDB_MODE=offline, or "
-                    "training.report_to=none."
-                )
+        if name == "wandb":
+            _check_wandb()
 
 
-def _netrc() -> str:
+def _check_wandb() -> None:
+    """Raise where `wandb.init` would stop to ask who logs in; wandb itself says so, about its own server, files and mode."""
+    import wandb
+
     try:
-        return (Path.home() / ".netrc").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
+        # WANDB_* variables, wandb/settings of this folder (`wandb offline` writes it), and the user's own settings.
+        settings = wandb.setup().settings
+        if settings.mode in ("offline", "dryrun", "disabled") or _has_wandb_login(settings):
+            return
+    except Exception as error:  # a key in a wrong format, two logins at once, a damaged settings file
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise RecipeError(
+            f"training.report_to=wandb: wandb cannot be used as it is set up: {reason} Correct that, or set WANDB_MODE=offline, "
+            "or training.report_to=none."
+        ) from error
+    raise RecipeError(
+        f"training.report_to=wandb: nobody is logged in at {settings.base_url}. Run `wandb login`, or set WANDB_MODE=offline, "
+        "or training.report_to=none."
+    )
+
+
+def _has_wandb_login(settings: Any) -> bool:
+    """Return whether wandb finds a key or an identity token for the server it is to report to."""
+    if settings.api_key or getattr(settings, "identity_token_file", None):
+        return True
+    try:
+        from wandb.sdk.lib.wbauth import read_netrc_auth
+    except ImportError:
+        try:
+            from wandb.sdk.lib.apikey import api_key  # before wandb 0.22
+        except ImportError:
+            logger.info("this wandb does not tell whether somebody is logged in; the run will show it")
+            return True
+        return bool(api_key(settings))
+    return bool(read_netrc_auth(host=settings.base_url))
 
 
 def check_hub(repo_id: str | None) -> None:
