@@ -11,7 +11,7 @@ SOURCES := vir_hf tests $(wildcard benchmarks) $(wildcard spaces)
 
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart test check lint types compile browser drills distributed clean
+.PHONY: help quickstart test check lint types compile browser drills distributed newest clean
 
 help:
 	@echo "make quickstart   train a tiny model on drawn pictures, in minutes, without a GPU or a download"
@@ -20,6 +20,7 @@ help:
 	@echo "make browser      every control of the demo in a headless Chromium"
 	@echo "make drills       the long fault drills"
 	@echo "make distributed  real launches on this CPU: DDP, ZeRO-2, ZeRO-3, FSDP2, two hosts; half an hour"
+	@echo "make newest       the tests on the newest releases of transformers and TRL, past the versions setup.cfg allows"
 	@echo "make clean        remove .venv and caches (outputs/ stays)"
 
 quickstart: $(VENV)/.installed
@@ -61,8 +62,18 @@ distributed: $(VENV)/.installed-dev
 	$(BIN)/python -m pip install --quiet "deepspeed>=0.19,<1"
 	$(BIN)/python -m pytest tests/distributed -m distributed $(PYTEST_ARGS)
 
+# What the next releases of the libraries whose private parts are used would break; an environment of its own.
+NEWEST ?= transformers trl peft accelerate datasets
+newest: $(VENV)/.installed-dev
+	test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet "$(TORCH)"
+	.venv-newest/bin/python -m pip install --quiet -e ".[dev]"
+	.venv-newest/bin/python -m pip install --quiet --upgrade $(NEWEST)
+	.venv-newest/bin/python -m pip list 2>/dev/null | grep -iE "^($(subst $() ,|,$(strip $(NEWEST)))) "
+	.venv-newest/bin/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) .venv-newest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch first and pinned: where a CPU build is at hand, it is taken, and what follows does not replace it.

@@ -134,6 +134,7 @@ def run_case(options: argparse.Namespace) -> dict[str, Any]:
             f"data.image_folder={folder}",
             *METHODS[method],
             f"training.output_dir={folder / 'out' / options.case.replace('/', '-')}",
+            "training.overwrite_output_dir=true",
             f"training.per_device_train_batch_size={options.rows}",
             f"training.global_batch_size={options.rows * options.micro_batches}",
             f"training.max_steps={options.steps}",

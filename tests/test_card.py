@@ -98,7 +98,9 @@ def test_an_adapter_says_on_what_it_goes(facts: RunFacts) -> None:
     card = make_card(facts, "me/mine")
     data = metadata(card)
     assert data["library_name"] == "peft" and data["base_model_relation"] == "adapter"
-    assert 'from_pretrained("llava-hf/llava-1.5-7b-hf")' in card.text and "vir-hf merge me/mine" in card.text
+    assert (
+        'from_pretrained("llava-hf/llava-1.5-7b-hf")' in card.text and "vir-hf merge me/mine --out merged" in card.text
+    )
 
 
 def test_a_projector_of_ours_is_loaded_with_its_code_and_not_promised_to_vllm(facts: RunFacts) -> None:

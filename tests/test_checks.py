@@ -75,6 +75,9 @@ def faulty(tmp_path: Path) -> tuple[Path, Path, dict[int, set[str]]]:
         (row("fine", conversations=turns("<image> other?")), {"duplicate_id"}),
         (row("fine"), {"duplicate_row"}),
         (row("long", conversations=turns(answer="word " * 300)), {"too_long"}),
+        (row("video", None, video="clip.mp4", conversations=turns("Hi?")), {"not_an_image"}),
+        (row("thoughts", conversations=[*turns()[:1], {**turns()[1], "reasoning": "Hm."}]), {"not_read"}),
+        (row("word", conversations=turns("<image> Is <video> a tag?")), {"media_word"}),
         (row("hopeless", conversations=turns("<image>" + "word " * 300)), {"nothing_supervised"}),
     ]
     path = tmp_path / "rows.json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
@@ -194,3 +195,59 @@ def test_an_unmodified_transformers_trainer_trains_with_it(parts, tiny_parts: Pa
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
+
+
+def png(colour: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (30, 30), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("name", [None, "0001.png"])
+def test_embedded_pictures_are_told_apart_by_content_whatever_they_are_called(parts, tmp_path: Path, name) -> None:
+    _, processor, _ = parts
+    rows = [image_row(tmp_path, str(number)) for number in range(4)]
+    for row, colour in zip(rows, ["red", "blue", "red", "green"], strict=True):
+        row["images"] = [{"bytes": png(colour), "path": name}]
+    batch = LlavaDataCollator(processor)(rows)
+    preprocess = LlavaDataCollator(processor).preprocess
+    expected = [preprocess({"bytes": png(colour), "path": None}) for colour in ("red", "blue", "green")]
+    assert torch.equal(batch["pixel_values"], torch.stack(expected))
+    # The two red rows share their beginning, and with it the picture; the others stand alone.
+    assert batch["image_indices"].tolist() == [0, 1, 2]
+    padded = LlavaDataCollator(processor, padding_free=False)(rows)
+    assert padded["image_indices"].tolist() == [0, 1, 0, 2] and len(padded["pixel_values"]) == 3
+
+
+def test_one_file_under_two_names_is_one_picture(parts, tmp_path: Path) -> None:
+    _, processor, _ = parts
+    (tmp_path / "a.png").write_bytes(png("red"))
+    (tmp_path / "link.png").symlink_to(tmp_path / "a.png")
+    names = [tmp_path / "a.png", tmp_path / "link.png", f"{tmp_path}/./a.png"]
+    batch = LlavaDataCollator(processor, padding_free=False)([image_row(name, "row") for name in names])
+    assert len(batch["pixel_values"]) == 1 and batch["image_indices"].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("padding_free", [True, False])
+def test_a_picture_that_comes_twice_in_a_row_counts_as_two_of_the_same_content(parts, tmp_path, padding_free) -> None:
+    model, processor, _ = parts
+    for name in ("a.png", "copy.png", "b.png"):
+        (tmp_path / name).write_bytes(png("blue" if name == "b.png" else "red"))
+
+    def rows_with(second: str) -> list[dict]:
+        rows = []
+        for number, first_answer in enumerate(["It is.", "No."]):
+            row = image_row(tmp_path / "a.png", str(number), answer=first_answer)
+            row["images"].append({"path": str(tmp_path / second), "bytes": None})
+            row["messages"][0]["content"].insert(1, {"type": "image"})
+            rows.append(row)
+        return rows
+
+    collator = LlavaDataCollator(processor, padding_free=padding_free)
+    losses = []
+    for second in ("a.png", "copy.png", "b.png"):
+        batch = collator(rows_with(second))
+        assert len(batch["pixel_values"]) == (1 if second == "a.png" else 2)
+        with torch.no_grad():
+            losses.append(float(model(**batch).loss))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0] != pytest.approx(losses[2], rel=1e-5)

@@ -34,7 +34,7 @@ from vir_hf.conversations import (
     to_messages,
 )
 from vir_hf.errors import DataError, RecipeError
-from vir_hf.templates import TEMPLATE_NAMES, TEMPLATES, chat_template_for, prepare_tokenizer
+from vir_hf.templates import TEMPLATE_NAMES, TEMPLATES, chat_template_for, image_token_of, prepare_tokenizer
 
 NUM_IMAGE_TOKENS = 5
 REAL_TOKENIZERS = ("llama2", "llama3", "qwen2.5", "gpt2", "minimind")
@@ -48,10 +48,11 @@ CORPUS = [
 
 def make_processor(tokenizer: Any, template: str, chat_template: str | None = None) -> SimpleNamespace:
     prepare_tokenizer(tokenizer, template)
+    image_token = image_token_of(tokenizer)
     return SimpleNamespace(
         tokenizer=tokenizer,
-        image_token="<image>",
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token=image_token,
+        image_token_id=tokenizer.convert_tokens_to_ids(image_token),
         num_image_tokens=NUM_IMAGE_TOKENS,
         template=template,
         chat_template=chat_template or chat_template_for(template, tokenizer),
@@ -307,7 +308,7 @@ class TestToMessages:
             ({"conversations": [{"from": "human", "value": 3}]}, "found 3"),
             ({"conversations": [{"from": "human", "value": {"a": 1}}]}, "turn 1"),
             ({"messages": [{"role": "user", "content": ["q"]}]}, "neither text nor image: 'q'"),
-            ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "neither text nor image"),
+            ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "has a part of type 'video'"),
             ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "text is null"),
             (
                 {"messages": [{"role": "assistant", "content": [{"type": "image"}]}], "images": ["x"]},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -71,7 +72,8 @@ def test_images_as_string_list_null_or_absent(folder: Path):
         {"type": "image", "text": None},
         {"type": "text", "text": "Which number?"},
     ]
-    assert dataset[0]["messages"][1] == {"role": "assistant", "content": [{"type": "text", "text": "It is 0."}]}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "It is 0."}], "supervised": None}
+    assert dataset[0]["messages"][1] == answer
 
 
 def test_undecoded_images_are_what_datasets_calls_them(folder: Path):
@@ -265,6 +267,45 @@ class TestCache:
             counts = list(pool.map(count_rows, [path] * 4, [folder / "images"] * 4))
         assert counts == [300] * 4
         assert len(list(cache.glob("rows-*.arrow"))) == 1
+
+    @pytest.mark.parametrize("packed", [False, True])
+    def test_a_picture_that_is_gone_is_missed_at_the_next_start(self, folder: Path, packed: bool):
+        path = write(folder / "rows.json", [make_row(n) for n in range(3)])
+        source = folder / "images"
+        if packed:
+            source = Path(shutil.make_archive(str(folder / "pictures"), "zip", folder / "images"))
+        assert len(load_llava_dataset(path, source)) == 3
+        (folder / "images" / "1.png").unlink()
+        if packed:
+            shutil.make_archive(str(folder / "pictures"), "zip", folder / "images")
+        with pytest.raises(DataError, match=r"row 1 \(id r1\): 1.png: not"):
+            load_llava_dataset(path, source)
+        bad: list[BadRow] = []
+        kept = load_llava_dataset(path, source, on_bad_image="skip", max_bad_fraction=0.5, bad_rows=bad)
+        assert len(kept) == 2 and [(b.row, b.kind) for b in bad] == [(1, "image_missing")]
+
+    def test_other_changes_in_the_folder_cost_no_second_reading(self, folder: Path, monkeypatch: pytest.MonkeyPatch):
+        path = write(folder / "rows.json", [make_row(0)])
+        load_llava_dataset(path, folder / "images")
+        monkeypatch.setattr("vir_hf.data.read_rows", lambda *_: pytest.fail("the file was read again"))
+        (folder / "images" / "9.png").unlink()
+        (folder / "images" / "new.png").write_bytes(b"")
+        listed: list = []
+        real = os.listdir
+        monkeypatch.setattr("vir_hf.row_cache.os.listdir", lambda path: listed.append(path) or real(path))
+        os.utime(folder / "images", ns=(1, 1))  # long before the second start
+        for _ in range(3):
+            assert len(load_llava_dataset(path, folder / "images")) == 1
+        assert len(listed) == 1  # looked through once, then known again by its time
+
+    def test_processes_that_find_a_picture_arrived_agree(self, folder: Path, cache: Path):
+        (folder / "images" / "3.png").rename(folder / "3.png")
+        path = write(folder / "rows.json", [make_row(n) for n in range(300)])
+        load_llava_dataset(path, folder / "images", on_bad_image="skip", max_bad_fraction=0.5)
+        (folder / "3.png").rename(folder / "images" / "3.png")
+        with ProcessPoolExecutor(4, mp_context=get_context("fork")) as pool:
+            counts = list(pool.map(count_rows, [path] * 8, [folder / "images"] * 8))
+        assert counts == [300] * 8
 
 
 def count_rows(path: Path, images: Path) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import multiprocessing
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import tiny
 import torch
 
-from vir_hf import LlavaDataCollator, RecipeError, build, load_llava_dataset
+from vir_hf import DataError, LlavaDataCollator, RecipeError, build, load_llava_dataset
 from vir_hf.features import FeatureCache, cache_identity, distinct_pictures, fill_cache
 from vir_hf.recipe import load_recipe
 from vir_hf.training import train
@@ -161,3 +162,117 @@ def test_a_trained_tower_and_a_cache_exclude_each_other(tiny_parts: Path, tmp_pa
     )
     with pytest.raises(RecipeError, match="feature_cache"):
         load_recipe(overrides)
+
+
+def test_a_shard_cut_in_mid_write_keeps_what_is_whole(parts, tmp_path: Path) -> None:
+    model, processor, rows = parts
+    identity, sources = cache_identity(model, processor), distinct_pictures(rows)
+    _write_some(str(tmp_path), identity, sources, list(range(len(sources))))
+    (features,) = tmp_path.glob("*.features")
+    size = FeatureCache(tmp_path, identity).bytes_per_image
+    features.write_bytes(features.read_bytes()[: 3 * size + size // 2])
+    cache = FeatureCache(tmp_path, identity)
+    assert [source in cache for source in sources] == [True] * 3 + [False] * 3
+    assert [float(cache(source)[0, 0]) for source in list(sources)[:3]] == [0, 1, 2] and cache(sources[3]) is None
+    assert sum(fill_cache(cache, model, processor, sources)) == 3  # and only the rest is computed again
+    again = FeatureCache(tmp_path, identity)
+    assert all(source in again for source in sources) and float(again(sources[2])[0, 0]) == 2
+
+
+def test_a_shard_that_is_gone_is_computed_again(parts, tmp_path: Path) -> None:
+    model, processor, rows = parts
+    identity, sources = cache_identity(model, processor), distinct_pictures(rows)
+    _write_some(str(tmp_path), identity, sources, [0, 1])
+    next(tmp_path.glob("*.features")).unlink()
+    cache = FeatureCache(tmp_path, identity)
+    assert cache(sources[0]) is None
+    assert sum(fill_cache(cache, model, processor, sources)) == len(sources)
+
+
+def test_a_damaged_entry_is_never_used_and_computed_again_when_asked(parts, tmp_path: Path, caplog) -> None:
+    model, processor, rows = parts
+    identity, sources = cache_identity(model, processor), distinct_pictures(rows)
+    _write_some(str(tmp_path), identity, sources, list(range(len(sources))))
+    (features,) = tmp_path.glob("*.features")
+    size = FeatureCache(tmp_path, identity).bytes_per_image
+    content = bytearray(features.read_bytes())
+    content[size : 2 * size] = bytes(size)  # a block that the disk has lost
+    features.write_bytes(content)
+    cache = FeatureCache(tmp_path, identity)
+    assert cache(sources[1]) is None and "damaged" in caplog.text and float(cache(sources[2])[0, 0]) == 2
+    assert sum(fill_cache(cache, model, processor, sources, verify=True)) == 1
+    with torch.no_grad():
+        pixels = LlavaDataCollator(processor).preprocess(sources[1]).unsqueeze(0)
+        expected = model.encode_images(pixels)[0]
+    for reader in (cache, FeatureCache(tmp_path, identity)):
+        assert torch.allclose(reader(sources[1]), expected, atol=1e-6)
+
+
+def test_lines_of_an_index_that_make_no_sense_are_passed_over(parts, tmp_path: Path) -> None:
+    model, processor, rows = parts
+    identity, sources = cache_identity(model, processor), distinct_pictures(rows)
+    _write_some(str(tmp_path), identity, sources, [0])
+    (index,) = tmp_path.glob("*.index")
+    index.write_bytes(b"\0\0\xff\nfour words in one\nabc -7 1\n" + index.read_bytes())
+    cache = FeatureCache(tmp_path, identity)
+    assert float(cache(sources[0])[0, 0]) == 0
+
+
+def test_a_cache_written_before_there_were_checksums_is_read(parts, tmp_path: Path) -> None:
+    model, processor, rows = parts
+    identity, sources = cache_identity(model, processor), distinct_pictures(rows)
+    _write_some(str(tmp_path), identity, sources, [0, 1])
+    (index,) = tmp_path.glob("*.index")
+    index.write_text("".join(" ".join(line.split()[:2]) + "\n" for line in index.read_text().splitlines()))
+    cache = FeatureCache(tmp_path, identity)
+    assert float(cache(sources[1])[0, 0]) == 1 and cache.verify(sources[1])
+
+
+def test_a_picture_that_vanished_masks_its_row_also_where_its_features_are_cached(parts, tmp_path: Path) -> None:
+    from PIL import Image
+
+    model, processor, _ = parts
+    rows = []
+    for name in ("a", "b"):
+        Image.new("RGB", (30, 30), {"a": "red", "b": "blue"}[name]).save(tmp_path / f"{name}.png")
+        content = [{"type": "image"}, {"type": "text", "text": "What?"}]
+        answer = {"role": "assistant", "content": [{"type": "text", "text": "It is."}]}
+        picture = {"bytes": None, "path": str(tmp_path / f"{name}.png")}
+        rows.append({"id": name, "messages": [{"role": "user", "content": content}, answer], "images": [picture]})
+    cache = FeatureCache(tmp_path / "cache", cache_identity(model, processor))
+    list(fill_cache(cache, model, processor, distinct_pictures(rows)))
+    (tmp_path / "b.png").unlink()
+    options = {"feature_lookup": cache, "with_row_ids": True}
+    batch = LlavaDataCollator(processor, on_bad_image="skip", **options)(rows)
+    assert [row["id"] for row in batch["masked_rows"]] == ["b"]
+    with pytest.raises(DataError, match="row b: .*on_bad_image=skip"):
+        LlavaDataCollator(processor, **options)(rows)
+
+
+def test_embedded_pictures_of_one_name_have_features_of_their_own(parts, tmp_path: Path) -> None:
+    import datasets
+    from PIL import Image
+
+    model, processor, _ = parts
+    rows = []
+    for number, colour in enumerate(["red", "blue", "red"]):
+        buffer = io.BytesIO()
+        Image.new("RGB", (30, 30), colour).save(buffer, "PNG")
+        rows.append({"id": str(number), "images": [{"bytes": buffer.getvalue(), "path": "0001.png"}]})
+    sources = distinct_pictures(datasets.Dataset.from_list(rows))
+    assert len(sources) == len(distinct_pictures(iter(rows))) == 2
+    assert [source["bytes"] for source in sources] == [row["images"][0]["bytes"] for row in rows[:2]]
+    cache = FeatureCache(tmp_path, cache_identity(model, processor))
+    assert sum(fill_cache(cache, model, processor, sources)) == 2
+    assert not torch.equal(cache(sources[0]), cache(sources[1]))
+    assert torch.equal(cache(rows[0]["images"][0]), cache(rows[2]["images"][0]))
+
+
+def test_opened_pictures_of_equal_pixels_and_other_shapes_are_two(parts, tmp_path: Path) -> None:
+    from PIL import Image
+
+    model, processor, _ = parts
+    cache = FeatureCache(tmp_path, cache_identity(model, processor))
+    wide, high = Image.new("RGB", (40, 20), "red"), Image.new("RGB", (20, 40), "red")
+    cache.add(wide, torch.zeros(cache.shape))
+    assert wide in cache and high not in cache

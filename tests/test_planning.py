@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from PIL import Image
 
 from vir_hf import DataError, RecipeError
 from vir_hf.data import load_recipe_rows
@@ -108,3 +109,63 @@ def test_a_mixture_of_sources_is_trained(tiny_parts, tmp_path) -> None:
     rows, sizes, processor = measured(recipe)
     assert len(rows) == len(sizes) == 10
     assert len(plan_steps(recipe, sizes, processor, 1, 0)) == 3
+
+
+def save_picture(path: Path, colour: str) -> bytes:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (30, 30), colour).save(path, "PNG")
+    return path.read_bytes()
+
+
+def turns(answer: str) -> list[dict]:
+    return [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": answer}]
+
+
+def groups_of(sizes) -> list[int]:
+    numbers: dict = {}
+    return [numbers.setdefault(size.image_key, len(numbers)) for size in sizes]
+
+
+def test_sources_with_the_same_relative_names_have_pictures_of_their_own(tiny_parts, tmp_path) -> None:
+    sources = []
+    for name, colour in (("one", "red"), ("two", "blue")):
+        rows = []
+        for number in range(4):
+            save_picture(tmp_path / name / "images" / f"{number % 2}.png", colour)
+            rows.append({"id": f"{name}{number}", "image": f"{number % 2}.png", "conversations": turns("It is.")})
+        (tmp_path / name / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+        sources.append(f"{{path:{tmp_path / name / 'rows.json'},image_folder:{tmp_path / name / 'images'}}}")
+    changes = {"data.data_path": "null", "data.sources": f"[{','.join(sources)}]", "training.group_by_image": "true"}
+    recipe = load_recipe(tiny.training_overrides(tiny_parts, tmp_path / "out", **changes))
+    rows, sizes, processor = measured(recipe)
+    assert groups_of(sizes) == [0, 1, 0, 1, 2, 3, 2, 3]
+    for step in plan_steps(recipe, sizes, processor, 1, 0).steps():  # four rows, about two pictures
+        pictures = [rows[number]["images"][0]["path"] for number in step]
+        assert sorted(pictures.count(picture) for picture in pictures) == [2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("name", [None, "0001.png"])
+def test_embedded_pictures_are_planned_by_content(tiny_parts, tmp_path, name) -> None:
+    import datasets
+
+    rows = [
+        {
+            "id": str(number),
+            "image": {"bytes": save_picture(tmp_path / "a.png", colour), "path": name},
+            "conversations": turns("!"),
+        }
+        for number, colour in enumerate(["red", "blue", "red", "green"])
+    ]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    changes = {"data.data_path": tmp_path / "rows.parquet", "data.image_folder": "null"}
+    _, sizes, _ = measured(load_recipe(tiny.training_overrides(tiny_parts, tmp_path / "out", **changes)))
+    assert groups_of(sizes) == [0, 1, 0, 2]
+
+
+def test_a_row_whose_picture_is_cut_off_with_its_turn_is_planned_as_text(tiny_parts, tmp_path) -> None:
+    late = [{"from": "human", "value": "What is red?"}, {"from": "gpt", "value": "A colour."}]
+    late += [{"from": "human", "value": "<image>\n" + "long " * 300}, {"from": "gpt", "value": "Yes."}]
+    (tmp_path / "rows.json").write_text(json.dumps([{"id": "late", "image": "0000.png", "conversations": late}]))
+    changes = {"data.data_path": tmp_path / "rows.json"}
+    _, (size,), _ = measured(load_recipe(tiny.training_overrides(tiny_parts, tmp_path / "out", **changes)))
+    assert size.num_images == 0 and size.image_key is None

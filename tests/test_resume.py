@@ -10,16 +10,20 @@ import shutil
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import tiny
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from vir_hf import checkpoints, resume, training
+from vir_hf.data import load_llava_dataset
 from vir_hf.errors import RecipeError, RunError
 from vir_hf.recipe import Recipe, load_recipe
 from vir_hf.signals import RunStopped
@@ -225,6 +229,48 @@ def test_data_may_move(runs: Any, tiny_parts: Path, tmp_path: Path) -> None:
     assert_same_run(runs("full"), output_dir)
 
 
+def fingerprint_of(root: Path, names: list[str], contents: dict[str, bytes] | None = None) -> dict[str, Any]:
+    """The fingerprint of one row a picture; `names` below `root`, or names of `contents`, which is embedded."""
+    turns = [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "!"}]
+    if contents is None:
+        rows = [{"id": str(n), "image": name, "conversations": turns} for n, name in enumerate(names)]
+        path = root / "rows.json"
+        path.write_text(json.dumps(rows))
+    else:
+        pictures = [{"bytes": contents[name], "path": "0001.png"} for name in names]
+        rows = [{"id": str(n), "image": picture, "conversations": turns} for n, picture in enumerate(pictures)]
+        path = root / "rows.parquet"
+        datasets.Dataset.from_list(rows).to_parquet(path)
+    return resume.data_fingerprint(load_llava_dataset(path, decode_images=False))
+
+
+def test_rows_that_show_another_picture_of_the_same_name_are_other_rows(tmp_path: Path) -> None:
+    for name in ("red/0001.png", "blue/0001.png", "red/0002.png"):
+        path = tmp_path / "data" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), "red").save(path)
+    names = ["red/0001.png", "red/0002.png", "blue/0001.png"]
+    before = fingerprint_of(tmp_path / "data", names)
+    assert fingerprint_of(tmp_path / "data", ["red/0001.png", "red/0002.png", "red/0001.png"]) != before
+    (tmp_path / "data").rename(tmp_path / "moved")
+    assert fingerprint_of(tmp_path / "moved", names) == before
+    with zipfile.ZipFile(tmp_path / "pictures.zip", "w") as archive:
+        for name in names:
+            archive.write(tmp_path / "moved" / name, name)
+    packed = load_llava_dataset(tmp_path / "moved" / "rows.json", tmp_path / "pictures.zip", decode_images=False)
+    assert resume.data_fingerprint(packed) == before  # moved into an archive
+    other = [names[0], names[2], names[1]]
+    assert fingerprint_of(tmp_path / "moved", other) != before
+
+
+def test_embedded_pictures_are_compared_by_content(tmp_path: Path) -> None:
+    contents = {"one": b"1111", "two": b"2222"}
+    before = fingerprint_of(tmp_path, ["one", "two"], contents)
+    assert fingerprint_of(tmp_path, ["one", "two"], contents) == before
+    assert fingerprint_of(tmp_path, ["two", "one"], contents) != before
+    assert before["pictures"] == [[0, 4], [1, 4]]
+
+
 def test_a_replaced_base_model_is_refused(runs: Any, tiny_parts: Path, tmp_path: Path) -> None:
     root = shutil.copytree(tiny_parts, tmp_path / "parts")
     output_dir = tmp_path / "run"
@@ -248,8 +294,46 @@ def test_a_finished_model_is_never_run_over(runs: Any, tiny_parts: Path, tmp_pat
     shutil.copytree(runs("full"), output_dir, ignore=shutil.ignore_patterns("checkpoint-*"))
     with pytest.raises(RecipeError, match="holds the model of a finished run, which this one would replace"):
         train(recipe_for(tiny_parts, output_dir, "full"))
-    metrics = train(recipe_for(tiny_parts, output_dir, "full", "training.save_strategy='no'", "training.max_steps=1"))
-    assert metrics["num_steps"] == 1  # asked to keep no checkpoints, as the quickstart does
+    for more in (("training.save_strategy='no'",), ("training.resume=auto", "training.learning_rate=1e-3")):
+        before = {path.name: path.read_bytes() for path in output_dir.iterdir() if path.is_file()}
+        with pytest.raises(RecipeError, match=r"training\.overwrite_output_dir=true"):
+            train(recipe_for(tiny_parts, output_dir, "full", "training.max_steps=1", *more))
+        assert before == {path.name: path.read_bytes() for path in output_dir.iterdir() if path.is_file()}
+    elsewhere = runs("full") / "checkpoint-2"
+    with pytest.raises(RecipeError, match=r"training\.overwrite_output_dir=true"):
+        train(recipe_for(tiny_parts, output_dir, "full", f"training.resume={elsewhere}"))
+
+
+def test_an_earlier_run_gives_way_when_that_was_said(runs: Any, tiny_parts: Path, tmp_path: Path) -> None:
+    output_dir = tmp_path / "run"
+    shutil.copytree(runs("lora"), output_dir)
+    (output_dir / "notes.txt").write_text("mine")
+    (output_dir / "checkpoint-9").mkdir()
+    (output_dir / "checkpoint-9" / "mine.txt").write_text("mine")
+    given = recipe_for(tiny_parts, output_dir, "full", "training.max_steps=3", "training.overwrite_output_dir=true")
+    assert train(given)["num_steps"] == 3
+    assert [found.step for found in checkpoints.list_checkpoints(output_dir)] == [3, 2]
+    assert not (output_dir / "adapter_config.json").exists()  # beside a whole model it would be what is loaded
+    assert (output_dir / "notes.txt").read_text() == "mine"
+    assert (output_dir / "checkpoint-9.kept" / "mine.txt").read_text() == "mine"
+    # The leave was given once: the saved recipe does not carry it on.
+    saved = load_recipe(recipe_file=output_dir / "recipe.yaml")
+    assert not saved.training.overwrite_output_dir
+    with pytest.raises(RecipeError, match="holds checkpoint-3 of an earlier run"):
+        train(saved)
+
+
+def test_a_run_of_an_earlier_version_is_known_without_a_record(runs: Any, tiny_parts: Path, tmp_path: Path) -> None:
+    """Nothing said then what was ours; what a run leaves says it: its recipe, its metrics, its checkpoints."""
+    for kind in ("full", "lora"):
+        output_dir = tmp_path / kind
+        shutil.copytree(runs(kind), output_dir)
+        (output_dir / ".vir_hf").unlink()
+        (output_dir / "metrics.json").unlink()  # killed before its end
+        shutil.rmtree(output_dir / "checkpoint-6")
+        train(recipe_for(tiny_parts, output_dir, kind, "training.resume=auto"))
+        assert_same_run(runs(kind), output_dir)
+        assert not list(output_dir.glob("*.kept*"))
 
 
 def test_no_whole_checkpoint_says_what_to_do(runs: Any, tiny_parts: Path, tmp_path: Path) -> None:

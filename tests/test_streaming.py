@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import islice
 from pathlib import Path
 
@@ -11,9 +12,10 @@ import tiny
 from vir_hf import RecipeError
 from vir_hf.data import load_recipe_rows, share_of_stream
 from vir_hf.loading import choose_precision, load_model_and_processor
+from vir_hf.planning import measure_rows
 from vir_hf.recipe import load_recipe
 from vir_hf.streaming import StepStream, plan_stream
-from vir_hf.training import train
+from vir_hf.training import make_collator, train
 
 STREAMED = {"data.streaming": "true", "training.max_steps": 4}
 
@@ -74,3 +76,36 @@ def test_a_token_budget_cuts_the_steps_of_one_process(tiny_parts: Path, tmp_path
     recipe = load_recipe(tiny.training_overrides(tiny_parts, tmp_path, **STREAMED, **BUDGET))
     for step in islice(stream_of(recipe), 3):
         assert sum(len(batch) for batch in step) == 4
+
+
+def test_shared_pictures_are_planned_as_they_are_without_streaming(tiny_parts: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(tiny.training_overrides(tiny_parts, tmp_path / "out", **STREAMED))
+    stream = stream_of(recipe)
+    recipe.data.streaming = False
+    rows, sizes = measure_rows(load_recipe_rows(recipe), stream.processor, recipe, [])
+    assert [stream._size(row) for row in rows] == sizes
+
+
+@pytest.mark.parametrize(("change", "rows_a_batch"), [({}, 2), ({"training.share_prefixes": "false"}, 1)])
+def test_a_batch_holds_two_rows_only_if_they_share_their_picture(
+    tiny_parts: Path, tmp_path: Path, change: dict, rows_a_batch: int
+) -> None:
+    rows = json.loads((tiny_parts / "rows.json").read_text(encoding="utf-8"))
+    for row in rows:
+        row |= {"image": "0000.png", "conversations": rows[0]["conversations"]}
+    (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    changes = {
+        **STREAMED,
+        **BUDGET,
+        **change,
+        "data.data_path": tmp_path / "rows.json",
+        "training.global_batch_size": 2,
+    }
+    recipe = load_recipe(tiny.training_overrides(tiny_parts, tmp_path / "out", **changes))
+    size = stream_of(recipe)._size(next(iter(load_recipe_rows(recipe))))
+    budget = recipe.training.max_tokens_per_batch = 2 * size.num_tokens - 1  # two rows, but not their picture twice
+    stream = stream_of(recipe)
+    collator = make_collator(recipe, stream.processor)
+    for step in islice(stream, 3):
+        assert [len(batch) for batch in step] == [rows_a_batch] * (2 // rows_a_batch)
+        assert all(collator(batch)["input_ids"].numel() <= budget for batch in step)

@@ -197,3 +197,122 @@ def test_every_public_function_and_class_says_what_it_is() -> None:
                 if not ast.get_docstring(node):
                     missing.append(f"{module.path.relative_to(ROOT)}:{node.lineno} {node.name}")
     assert missing == []
+
+
+# What may write, move or remove files outside `files`, and why. Everything else goes through it.
+WRITERS = {
+    "adapters": {"save_pretrained": "PEFT's own, into the folder that its caller names"},
+    "checkpoints": {
+        "os.rename": "a checkpoint that was written beside its place gets its name, ours proved by its manifest"
+    },
+    "cli": {"os.open": "the null device"},
+    "features": {
+        "open": "shards that are only ever added to, under names drawn at random",
+        "mkdir": "the cache's own folder",
+    },
+    "inspection": {"save": "a picture into memory"},
+    "card": {"save": "a picture into memory"},
+    "preprocessing": {"save": "a picture into memory"},
+    "llava.modeling_llava": {
+        "save_pretrained": "upstream's own, into the folder that its caller names",
+        "write_text": "the code and the configuration beside what `save_pretrained` has just written there",
+    },
+    "loading": {"save_pretrained": "into a staging folder of `files`"},
+    "merging": {
+        "save_pretrained": "into a staging folder of `files`",
+        "os.replace": "between two parts of one staging folder of `files`",
+    },
+    "preflight": {"save_pretrained": "into a staging or temporary folder", "save": "a recipe, which `files` writes"},
+    "quickstart.drawing": {"save": "pictures into a staging folder of `files`", "mkdir": "in it"},
+    "quickstart.parts": {"save_pretrained": "into a staging folder of `files`"},
+    "quickstart.run": {"save": "a picture into a temporary name of `files`"},
+    "recipe_files": {
+        "write_text": "into a temporary folder",
+        "write_bytes": "into a temporary folder",
+        "mkdir": "in it",
+    },
+    "changes": {"save": "a recipe into a temporary folder"},
+    "evaluation": {"save": "a picture into a temporary name of `files`"},
+    "interop": {"save_file": "into a temporary name of `files`"},
+    "resume": {"save_file": "into a temporary name of `files`"},
+    "safeguards": {"torch.save": "into a temporary name of `files`"},
+    "row_cache": {"pa.OSFile": "into a temporary name of `files`", "mkdir": "the cache's own folder"},
+    "trainer": {
+        "torch.save": "into a checkpoint's staging folder",
+        "save": "a recipe, which `files` writes",
+    },
+    "prepare": {"mkdir": "the folder it was told to fill"},
+    "watch": {"mkdir": "the folder of the ranks' signs", "rmdir": "the same, when it is empty"},
+}
+_METHODS = {
+    "write_text", "write_bytes", "unlink", "rmdir", "rename", "touch", "mkdir", "symlink_to", "hardlink_to", "save_file",
+    "save_pretrained", "to_parquet", "to_csv", "save", "truncate", "write_table",
+}  # fmt: skip
+_FUNCTIONS = {
+    *(f"os.{name}" for name in ("remove", "unlink", "rename", "renames", "replace", "rmdir", "removedirs", "truncate", "link",
+                                "symlink", "makedirs", "mkdir", "open")),
+    *(f"shutil.{name}" for name in ("rmtree", "move", "copy", "copy2", "copyfile", "copytree", "copyfileobj")),
+    "torch.save", "json.dump", "yaml.dump", "yaml.safe_dump_all", "pickle.dump", "np.save", "pa.OSFile", "pq.write_table",
+    "tempfile.mkstemp", "tempfile.mkdtemp",
+}  # fmt: skip
+
+
+def writes(node: ast.AST) -> str | None:
+    """The word under which a call writes, moves or removes a file; `None` if it does not."""
+    if not isinstance(node, ast.Call):
+        return None
+    name = ast.unparse(node.func)
+    if name in _FUNCTIONS:
+        return name
+    word = name.rpartition(".")[2]
+    if word == "open" and not name.startswith(
+        ("Image.", "os.", "files.", "opener.", "zipfile.", "tarfile.", "webbrowser.")
+    ):
+        modes = [arg.value for arg in [*node.args, *(k.value for k in node.keywords if k.arg == "mode")]
+                 if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]  # fmt: skip
+        return (
+            "open" if any(re.fullmatch(r"[rwax]b?\+?b?", mode) and set(mode) & set("wax+") for mode in modes) else None
+        )
+    if word == "replace" and "." in name and len(node.args) == 1 and not node.keywords:
+        return "replace"  # of a path: a text's takes two words
+    is_ours = name.startswith("files.") or name.split(".")[0] in ("output", "hub", "api")
+    return word if word in _METHODS and ("." in name or word == "save_file") and not is_ours else None
+
+
+def test_the_net_catches_what_writes() -> None:
+    caught = [
+        'open(p, "w")', 'path.open("ab")', 'open(p, mode="r+")', "path.unlink()", "os.replace(a, b)", "path.replace(b)",
+        "shutil.rmtree(p)", "path.write_text(t)", "torch.save(x, p)", "model.save_pretrained(p)", "save_file(x, p)",
+        "json.dump(x, f)", "path.rename(q)", "image.save(p)", "frame.to_parquet(p)",
+    ]  # fmt: skip
+    free = [
+        "open(p)",
+        'open(p, "rb")',
+        'text.replace("a", "b")',
+        "Image.open(p)",
+        "files.write_text(p, t)",
+        "json.dumps(x)",
+    ]
+    assert [line for line in caught if writes(ast.parse(line, mode="eval").body) is None] == []
+    assert [line for line in free if writes(ast.parse(line, mode="eval").body) is not None] == []
+
+
+def test_only_files_writes_and_removes_files() -> None:
+    found: dict[str, set[str]] = {}
+    places = []
+    sources = [
+        (short(module.name), module.path, module.tree) for module in MODULES.values() if short(module.name) != "files"
+    ]
+    sources.append(
+        ("spaces.app", ROOT / "spaces" / "app.py", ast.parse((ROOT / "spaces" / "app.py").read_text("utf-8")))
+    )
+    for name, path, tree in sources:
+        for node in ast.walk(tree):
+            word = writes(node)
+            if word is not None:
+                found.setdefault(name, set()).add(word)
+                if word not in WRITERS.get(name, {}):
+                    places.append(f"{path.relative_to(ROOT)}:{node.lineno} {word}")
+    assert places == [], "write through vir_hf.files, or say here why not"
+    unused = {name: set(words) - found.get(name, set()) for name, words in WRITERS.items()}
+    assert {name: words for name, words in unused.items() if words} == {}, "take these out of the list"

@@ -16,8 +16,6 @@ from vir_hf.trainable import PARTS, parameter_groups, part_of
 if TYPE_CHECKING:
     from vir_hf.recipe import Recipe
 
-AUDIT_FILE = "audit.json"
-
 
 @dataclass
 class ModuleGroup:

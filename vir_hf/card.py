@@ -220,8 +220,8 @@ def _with_vllm(facts: RunFacts, repo_id: str) -> str:
 Merge first, then serve the folder:
 
 ```bash
-vir-hf merge {repo_id} merged/
-vllm serve merged/
+vir-hf merge {repo_id} --out merged
+vllm serve merged
 ```"""
     return f"""### vLLM
 
@@ -261,6 +261,13 @@ def _training(facts: RunFacts) -> str:
         parts.append(
             f"### Loss\n\n![Training loss over {last['step']} steps]({ASSETS}/loss.png)\n\n"
             f"From {_number(first['loss'])} at step {first['step']} to {_number(last['loss'])} at step {last['step']}."
+        )
+    if metrics.get("best"):
+        best = metrics["best"]
+        metric = str(best["metric"]).removeprefix("eval_").replace("_", " ")
+        parts.append(
+            f"### Which step\n\nThese are the weights of step {metrics['saved_step']} of {metrics['num_steps']}. Evaluation "
+            f"during training found step {best['step']} the best: {metric} {_number(best['value'])}."
         )
     parts.append("### Machine\n\n" + _table(("", ""), _machine(metrics)))
     return "\n\n".join(parts)

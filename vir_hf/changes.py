@@ -34,13 +34,10 @@ def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     Raises:
         RecipeError: the keys contradict the recipe.
     """
-    descriptor, path = tempfile.mkstemp(suffix=".yaml")
-    os.close(descriptor)
-    try:
+    with tempfile.TemporaryDirectory(prefix="vir_hf_recipe_") as scratch:
+        path = os.path.join(scratch, "recipe.yaml")
         recipe.save(path)
         return load_recipe(overrides, recipe_file=path, require_data=False)
-    finally:
-        os.unlink(path)
 
 
 def smallest_change(estimator: Estimator, memory_bytes: int) -> Change | None:

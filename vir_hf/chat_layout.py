@@ -25,7 +25,8 @@ logger = logging.getLogger(__name__)
 Shape = tuple[tuple[str, tuple[str, ...]], ...]
 _SENTINEL = re.compile("\ue000([0-9]+)\ue001")
 _RENDER_ERRORS = (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError)
-_OTHER_TEMPLATE = f"Choose another template (model.template, one of {list(TEMPLATES)})"
+# More messages than this are not rendered once for each of their texts, which takes a square of the time.
+_MAX_RENDERED_ONE_BY_ONE = 64
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class ChatLayout:
             prompted = layout._render(tokenizer, turn[:1], prompt=True)
         except _RENDER_ERRORS as error:
             raise RecipeError(
-                f"the chat template cannot render a question and its answer: {error}. {_OTHER_TEMPLATE}."
+                f"the chat template cannot render a question and its answer: {error}. {_other_than(template)}."
             ) from error
         if layout.prepends_bos and prompted.startswith(tokenizer.bos_token):
             layout.prepends_bos = False
@@ -147,7 +148,7 @@ class ChatLayout:
             roles = [message["role"] for message in messages]
             raise DataError(
                 f"the chat template refuses a conversation of {roles}: {error}. "
-                f"{_OTHER_TEMPLATE} or change the order of the turns."
+                f"{_other_than(self.template)} or change the order of the turns."
             ) from error
 
     def _skeleton(self, tokenizer: Any, shape: Shape, prompt: bool) -> _Skeleton:
@@ -157,23 +158,46 @@ class ChatLayout:
         if [slot for slot in slots if shape[owners[slot]][0] == "assistant"] != [
             slot for slot, number in enumerate(owners) if shape[number][0] == "assistant"
         ]:
-            raise DataError(f"the chat template leaves out, repeats or reorders answers. {_OTHER_TEMPLATE}.")
+            raise DataError(f"the chat template leaves out, repeats or reorders answers. {_other_than(self.template)}.")
         num_images = sum(kinds.count("image") for _, kinds in shape)
         num_written = sum(literal.count(self.image_token) for literal in literals)
         if num_written != num_images:
-            raise DataError(f"the chat template writes {num_written} of {num_images} images. {_OTHER_TEMPLATE}.")
+            raise DataError(
+                f"the chat template writes {num_written} of {num_images} images. {_other_than(self.template)}."
+            )
         left_out = {shape[owners[slot]][0] for slot in set(range(len(owners))) - set(slots)}
         if left_out and self.template != "plain":
             if left_out != {"system"}:
-                raise DataError(f"the chat template leaves out what the human says. {_OTHER_TEMPLATE}.")
-            logger.warning("the chat template leaves out system turns; %s to keep them", _OTHER_TEMPLATE.lower())
-        starts = {
-            slot: self._answer_start(tokenizer, shape[: owners[slot]], literal)
-            for slot, literal in zip(slots, literals, strict=False)
-            if shape[owners[slot]][0] == "assistant"
-        }
-        skeleton = _Skeleton(shape, prompt, literals, slots, starts)
+                raise DataError(f"the chat template leaves out what the human says. {_other_than(self.template)}.")
+            logger.warning(
+                "the chat template leaves out system turns; %s to keep them", _other_than(self.template).lower()
+            )
+        skeleton = _Skeleton(shape, prompt, literals, slots, self._answer_starts(tokenizer, shape, slots, literals))
         return replace(skeleton, pieces=self._cut(skeleton, literals))
+
+    def _answer_starts(self, tokenizer: Any, shape: Shape, slots: list[int], literals: list[str]) -> dict[int, int]:
+        """Return, for the slot of each answer, where its author begins to write in the literal before it.
+
+        A template writes the same between a question and its answer wherever they stand, so of all places with the same
+        literal the first two and the last are looked at, and the others only where those differ. Looking at one renders the
+        conversation up to there: at each of n places that would take n squared.
+        """
+        owners = _owners(shape)
+        alike: dict[tuple[str, Any], list[int]] = {}
+        for slot, literal in zip(slots, literals, strict=False):
+            number = owners[slot]
+            if shape[number][0] == "assistant":
+                alike.setdefault((literal, shape[number - 1] if number else None), []).append(slot)
+        starts: dict[int, int] = {}
+        for (literal, _), found in alike.items():
+            looked_at = dict.fromkeys((*found[:2], found[-1]), 0)
+            for slot in looked_at:
+                looked_at[slot] = self._answer_start(tokenizer, shape[: owners[slot]], literal)
+            if len(set(looked_at.values())) == 1:
+                starts.update(dict.fromkeys(found, looked_at[found[0]]))
+            else:
+                starts.update({slot: self._answer_start(tokenizer, shape[: owners[slot]], literal) for slot in found})
+        return starts
 
     def _answer_start(self, tokenizer: Any, asked: Shape, literal: str) -> int:
         """Return where, in the text before an answer, the prompt of inference ends and the model begins to write."""
@@ -223,30 +247,68 @@ class ChatLayout:
     def _read_again(
         self, tokenizer: Any, skeleton: _Skeleton, texts: list[str], rendered: str
     ) -> tuple[list[Piece], list[str]]:
-        """Return pieces and texts as a template that looks at texts writes them: each text is rendered among sentinels."""
-        shape, slots = skeleton.shape, skeleton.slots
-        literals, written = list(skeleton.literals), list(texts)
-        for index, slot in enumerate(slots):
-            alone = _with_sentinels(shape, real={slot: texts[slot]})
-            parts = _SENTINEL.split(self._render_messages(tokenizer, alone, skeleton.prompt))
-            before, after = skeleton.literals[index], skeleton.literals[index + 1]
-            others = slots[:index] + slots[index + 1 :]
-            if [int(other) for other in parts[1::2]] != others or not parts[2 * index].endswith(after):
-                break
-            between = parts[2 * index][: len(parts[2 * index]) - len(after)]
-            same = len(os.path.commonprefix([between, before]))
-            literals[index], written[slot] = before[:same], between[same:]
-            if self._num_specials(written[slot]) > self._num_specials(texts[slot]):
-                break  # the template's own words are among them
-        else:
-            if rendered == _join(literals, [written[slot] for slot in slots]):
-                return self._cut(skeleton, literals), written
+        """Return pieces and texts as a template that looks at texts writes them: texts are rendered among sentinels.
+
+        Every second text stands in its place while its neighbours are sentinels, then the others do: two renderings for
+        any number of texts. Where that does not give the whole, each text is rendered alone.
+        """
+        slots = skeleton.slots
+        ways = [[slots[0::2], slots[1::2]]]
+        if len(slots) <= _MAX_RENDERED_ONE_BY_ONE:
+            ways.append([[slot] for slot in slots])
+        for groups in ways:
+            found = self._written(tokenizer, skeleton, texts, groups)
+            if found is not None and rendered == _join(found[0], [found[1][slot] for slot in slots]):
+                return self._cut(skeleton, found[0]), found[1]
         raise DataError(
-            f"the chat template rewrites this conversation so that its answers cannot be told apart. {_OTHER_TEMPLATE}."
+            "the chat template rewrites this conversation so that its answers cannot be told apart. "
+            f"{_other_than(self.template)}."
         )
+
+    def _written(
+        self, tokenizer: Any, skeleton: _Skeleton, texts: list[str], groups: list[list[int]]
+    ) -> tuple[list[str], list[str]] | None:
+        """Return literals and texts as they are written when the texts of one group after another are rendered.
+
+        Args:
+            groups: slots, no two of them neighbours. Together they are all slots.
+        """
+        slots = skeleton.slots
+        literals, written = list(skeleton.literals), list(texts)
+        for group in groups:
+            if not group:
+                continue
+            is_real = set(group)
+            alone = _with_sentinels(skeleton.shape, real={slot: texts[slot] for slot in group})
+            parts = _SENTINEL.split(self._render_messages(tokenizer, alone, skeleton.prompt))
+            others = [slot for slot in slots if slot not in is_real]
+            if [int(other) for other in parts[1::2]] != others:
+                return None
+            between = iter(parts[0::2])
+            stretch, is_new = next(between), True
+            for index, slot in enumerate(slots):
+                if slot not in is_real:
+                    stretch, is_new = next(between), True
+                    continue
+                before, after = skeleton.literals[index], skeleton.literals[index + 1]
+                if not is_new or not stretch.endswith(after):
+                    return None
+                is_new = False
+                own = stretch[: len(stretch) - len(after)]
+                same = len(os.path.commonprefix([own, before]))
+                literals[index], written[slot] = before[:same], own[same:]
+                if self._num_specials(written[slot]) > self._num_specials(texts[slot]):
+                    return None  # the template's own words are among them
+        return literals, written
 
     def _num_specials(self, text: str) -> int:
         return len(self.specials_pattern.findall(text)) if self.specials_pattern else 0
+
+
+def _other_than(template: str) -> str:
+    """Return the advice to choose another template than the one that does not work here."""
+    others = [name for name in TEMPLATES if name != template]
+    return f"Choose another template (model.template, one of {others})"
 
 
 def _guard(tokenizer: Any, image_token: str) -> list[int]:

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vir_hf import files
 from vir_hf.errors import DataError
 from vir_hf.row_files import read_rows
 
@@ -29,7 +30,7 @@ def write_sound_rows(report: CheckReport, out: str | os.PathLike[str]) -> tuple[
         DataError: `out` is one of the checked files, or the rows hold embedded pictures, which JSON cannot.
     """
     out = Path(out)
-    if any(out.exists() and os.path.samefile(out, file) for file in report.files):
+    if any(files.is_same_file(written, file) for written in (out, dropped_path(out)) for file in report.files):
         raise DataError(f"{out}: is the file that was checked; name another for --fix, so that nothing is lost.")
     faults: dict[tuple[str, int], list[dict[str, str]]] = {}
     renamed: set[tuple[str, int]] = set()
@@ -41,9 +42,8 @@ def write_sound_rows(report: CheckReport, out: str | os.PathLike[str]) -> tuple[
             renamed.add(place)
     dropped: list[dict[str, Any]] = []
     num_kept = 0
-    temporary = out.with_name(f"{out.name}.incomplete")
     is_lines = out.suffix == ".jsonl"
-    with open(temporary, "w", encoding="utf-8") as file:
+    with files.writing(out) as temporary, files.appending(temporary) as file:
         for source in report.files:
             for number, raw in read_rows(source):
                 if (source, number) in faults:
@@ -56,8 +56,7 @@ def write_sound_rows(report: CheckReport, out: str | os.PathLike[str]) -> tuple[
                 file.write(_as_text(raw, source, number))
                 num_kept += 1
         file.write("\n" if is_lines else "\n]\n" if num_kept else "[]\n")
-    dropped_path(out).write_text(json.dumps(dropped, indent=1, default=str) + "\n", encoding="utf-8")
-    os.replace(temporary, out)
+        files.write_text(dropped_path(out), json.dumps(dropped, indent=1, default=str) + "\n")
     return num_kept, len(dropped)
 
 

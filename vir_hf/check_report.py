@@ -7,8 +7,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from vir_hf import html_pages as html
+from vir_hf import html_pages
 from vir_hf.checks import ERRORS, REMEDIES
+from vir_hf.errors import clipped
 
 if TYPE_CHECKING:
     from vir_hf.checks import CheckReport, Problem
@@ -29,6 +30,7 @@ def report_as_json(report: CheckReport, batch_size: int = 16) -> dict[str, Any]:
         "is_decoded": report.is_decoded,
         "seconds": round(report.seconds, 2),
         "kinds": report.kinds(),
+        "unread_keys": dict(report.unread.most_common()),
         "statistics": statistics(report, batch_size),
         "problems": [_problem_as_json(problem, has_several) for problem in report.problems],
     }
@@ -44,6 +46,13 @@ def _problem_as_json(problem: Problem, has_several: bool) -> dict[str, Any]:
         "severity": problem.severity,
         "detail": problem.detail,
     }
+
+
+def unread_note(report: CheckReport) -> str:
+    """Return the keys of no known meaning and how many rows have each, in one line."""
+    listed = [f"{name} ({count:,} rows)" for name, count in report.unread.most_common(12)]
+    more = f" and {len(report.unread) - len(listed)} more" if len(report.unread) > len(listed) else ""
+    return clipped(f"Keys that nothing reads: {', '.join(listed)}{more}.")
 
 
 def statistics(report: CheckReport, batch_size: int = 16) -> dict[str, Any]:
@@ -110,77 +119,68 @@ def report_as_html(report: CheckReport, batch_size: int = 16) -> str:
     verdict = "Nothing wrong was found." if not num_bad else f"{num_bad:,} of {report.num_rows:,} rows need a look."
     if num_refused:
         verdict += f" {num_refused:,} of them cannot be trained on."
-    body = [
-        html.element("p", verdict, cls="verdict " + ("bad" if num_refused else "odd" if num_bad else "good")),
-        _tiles(report, figures),
-        _problem_section(report),
-        _histograms(report, figures),
-    ]
-    lead = f"{', '.join(report.files[:3])}{' ...' if len(report.files) > 3 else ''}"
     folder = report.image_folder or "the data file's own folder"
     looked = "decoded" if report.is_decoded else "looked at by header and end, not decoded"
-    foot = f"Images from {folder}, {looked}. Checked in {report.seconds:.1f} s."
-    return html.page("Data check", lead, "".join(body), foot)
+    return html_pages.render(
+        "check.html",
+        title="Data check",
+        lead=f"{', '.join(report.files[:3])}{' ...' if len(report.files) > 3 else ''}",
+        foot=f"Images from {folder}, {looked}. Checked in {report.seconds:.1f} s."
+        + (f" {unread_note(report)}" if report.unread else ""),
+        verdict=verdict,
+        tone="bad" if num_refused else "odd" if num_bad else "good",
+        figures=_tiles(report, figures),
+        kinds=_kinds(report),
+        charts=_charts(report, figures),
+    )
 
 
-def _tiles(report: CheckReport, figures: dict[str, Any]) -> str:
+def _tiles(report: CheckReport, figures: dict[str, Any]) -> list[tuple[str, str]]:
     tiles = [("rows", f"{report.num_rows:,}"), ("distinct images", f"{len(report.rows_per_image):,}")]
     if report.rows_per_image:
         tiles.append(("rows per image", f"{sum(report.rows_per_image) / len(report.rows_per_image):.2f}"))
     if figures["row_lengths"]:
-        tiles.append((f"{figures['unit']} a row, mean", f"{figures['row_lengths']['mean']:,.0f}"))
+        tiles.append((f"{figures['unit']} per row, mean", f"{figures['row_lengths']['mean']:,.0f}"))
     if report.has_tokens:
         tokens, learned = figures["tokens_per_epoch"], figures["supervised_tokens_per_epoch"]
-        tiles.append(("tokens per epoch", html.short_number(tokens)))
+        tiles.append(("tokens per epoch", html_pages.short_number(tokens)))
         tiles.append(("of them learned", f"{learned / tokens:.1%}" if tokens else "0 %"))
     tiles.append((f"padding at batch size {figures['batch_size']}", f"{figures['pad_ratio']:.1%}"))
-    return html.tiles(tiles)
+    return tiles
 
 
-def _problem_section(report: CheckReport) -> str:
-    kinds = report.kinds()
-    if not kinds:
-        return ""
-    examples: dict[str, list[Problem]] = {kind: [] for kind in kinds}
+def _kinds(report: CheckReport) -> list[dict[str, Any]]:
+    """Return every kind of problem with its first rows."""
+    counts = report.kinds()
+    examples: dict[str, list[Problem]] = {kind: [] for kind in counts}
     for problem in report.problems:
         if len(examples[problem.kind]) < _EXAMPLES_PER_KIND:
             examples[problem.kind].append(problem)
-    parts = []
-    for kind, count in kinds.items():
-        rows = [(str(p.row), p.id, p.detail.partition(". ")[0]) for p in examples[kind]]
-        table = html.table(("row", "id", "what is wrong"), rows)
-        if count > len(rows):
-            table += html.element("p", f"{count - len(rows):,} more in the JSON report.", "more")
-        severity, cls = ("error", "bad") if kind in ERRORS else ("warning", "odd")
-        head = [
-            html.element("span", severity, f"badge {cls}"),
-            html.element("b", kind),
-            html.element("span", f"{count:,}", "count"),
-            html.element("span", REMEDIES[kind], "remedy"),
-        ]
-        is_open = " open" if len(kinds) == 1 else ""
-        parts.append(f"<details{is_open}><summary>{' '.join(head)}</summary>{table}</details>")
-    note = "An error is a row training refuses; a warning is one it takes in a way that may not be meant. Rows count from 0."
-    return html.section("What is wrong", "".join(parts), note)
+    return [
+        {
+            "name": kind,
+            "severity": "error" if kind in ERRORS else "warning",
+            "tone": "bad" if kind in ERRORS else "odd",
+            "count": f"{count:,}",
+            "remedy": REMEDIES[kind],
+            "rows": [(problem.row, problem.id, problem.detail.partition(". ")[0]) for problem in examples[kind]],
+            "more": f"{count - len(examples[kind]):,}" if count > len(examples[kind]) else "",
+        }
+        for kind, count in counts.items()
+    ]
 
 
-def _histograms(report: CheckReport, figures: dict[str, Any]) -> str:
-    unit = figures["unit"]
+def _charts(report: CheckReport, figures: dict[str, Any]) -> list[html_pages.Chart]:
     charts = []
     if report.lengths:
-        charts.append(
-            html.histogram(f"Row length, {unit}", report.lengths, mark=figures["max_length"], mark_label="max_length")
-        )
+        title, limit = f"Row length, {figures['unit']}", figures["max_length"]
+        charts.append(html_pages.histogram(title, report.lengths, mark=limit, mark_label="max_length"))
     if report.supervised:
-        charts.append(html.histogram("Learned tokens a row", report.supervised))
+        charts.append(html_pages.histogram("Learned tokens per row", report.supervised))
     if report.images:
-        charts.append(html.histogram("Image width, pixels", [header.width for header in report.images]))
-        charts.append(html.histogram("Image height, pixels", [header.height for header in report.images]))
-        charts.append(html.bars("Rows per image", figures["rows_per_image"]))
-        charts.append(html.bars("Images per row", figures["images_per_row"]))
-        charts.append(html.bars("Image formats", figures["image_formats"]))
-    return (
-        html.section("The data in figures", html.element("div", "".join(charts), cls="charts", is_html=True))
-        if charts
-        else ""
-    )
+        charts.append(html_pages.histogram("Image width, pixels", [header.width for header in report.images]))
+        charts.append(html_pages.histogram("Image height, pixels", [header.height for header in report.images]))
+        charts.append(html_pages.bars("Rows per image", figures["rows_per_image"]))
+        charts.append(html_pages.bars("Images per row", figures["images_per_row"]))
+        charts.append(html_pages.bars("Image formats", figures["image_formats"]))
+    return charts

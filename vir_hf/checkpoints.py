@@ -7,19 +7,32 @@ outputs/run/.checkpoint-750.partial/   being written; never read, removed by the
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vir_hf.errors import RunError
+from vir_hf.errors import RecipeError, RunError
+from vir_hf.files import (
+    RECORD,
+    OutputFolder,
+    clear_name,
+    discard,
+    entry_of,
+    new_folder,
+    remove_folder,
+    set_aside,
+    sha256,
+    sync_file,
+    sync_folder,
+    write_text,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +40,32 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _LEFTOVER = re.compile(r"\.(checkpoint-\d+|final)\.(partial|replaced|deleted)")
-_CHUNK_BYTES = 1 << 22
+
+
+# What a run and `vir-hf evaluate` write beside the checkpoints, under these names and no others.
+_RESULT = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "projector.safetensors",
+    "trained_weights.safetensors",
+    "base_fingerprint.json",
+    "README.md",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "chat_template.jinja",
+)
+METRICS, AUDIT, RECIPE = "metrics.json", "audit.json", "recipe.yaml"
+OF_EVALUATION = ("evaluation.json", "samples.json", "samples")
+BASE = "base"
+OUTPUTS = (*_RESULT, METRICS, AUDIT, RECIPE, *OF_EVALUATION, BASE)
+_RECIPE_HEAD = "# Every value of this run."
 
 
 @dataclass(frozen=True)
@@ -114,22 +152,9 @@ def damaged_weights(folder: Path) -> str | None:
     return None if files else "its weights file"
 
 
-def sha256(path: Path) -> str:
-    """Return a file's SHA-256, as hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def stage(output_dir: Path, name: str) -> Path:
     """Return the new, empty folder in which `name` is written before it gets its name."""
-    staging = output_dir / f".{name}.partial"
-    if staging.exists():
-        shutil.rmtree(staging)
-    staging.mkdir(parents=True)
-    return staging
+    return new_folder(output_dir / f".{name}.partial")
 
 
 def publish(staging: Path, **facts: Any) -> Path:
@@ -141,7 +166,7 @@ def publish(staging: Path, **facts: Any) -> Path:
     """
     name = staging.name.removeprefix(".").removesuffix(".partial")
     target = staging.with_name(name)
-    paths = sorted(path for path in staging.rglob("*") if path.is_file())
+    paths = sorted(path for path in staging.rglob("*") if path.is_file() and path != staging / RECORD)
     with ThreadPoolExecutor(4) as pool:
         entries = list(pool.map(_synced_entry, paths))
     manifest = {
@@ -149,69 +174,66 @@ def publish(staging: Path, **facts: Any) -> Path:
         **facts,
         "files": {path.relative_to(staging).as_posix(): entry for path, entry in zip(paths, entries, strict=True)},
     }
-    write_synced(staging / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    write_text(staging / MANIFEST, json.dumps(manifest, indent=2) + "\n", durable=True)
     for folder in [path for path in staging.rglob("*") if path.is_dir()] + [staging]:
         sync_folder(folder)
     replaced = staging.with_name(f".{name}.replaced")
-    if target.exists():  # only when a run went back to an earlier checkpoint and came here again
-        if replaced.exists():
-            shutil.rmtree(replaced)
+    if target.exists() and not is_ours(target):
+        set_aside(target)
+    elif target.exists():  # only when a run went back to an earlier checkpoint and came here again
+        clear_name(replaced, is_ours)
         os.rename(target, replaced)
     os.rename(staging, target)
     sync_folder(target.parent)
+    discard(target / RECORD)  # the manifest says from here on whose it is
     if replaced.exists():
-        shutil.rmtree(replaced)
+        remove_folder(replaced, is_ours)
     return target
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a checkpoint was written by this project, whole or not: its manifest says so."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return isinstance(manifest["files"], dict) and "format" in manifest
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _synced_entry(path: Path) -> dict[str, Any]:
     sync_file(path)
-    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
-
-
-def sync_file(path: Path) -> None:
-    """Return when a file's contents have reached the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_folder(path: Path) -> None:
-    """Return when a folder's names have reached the disk, where the file system can say so."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # some network file systems refuse to sync a folder
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_synced(path: Path, text: str) -> None:
-    """Write a text file and return when it has reached the disk."""
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    return entry_of(path)
 
 
 def prune(output_dir: Path, limit: int | None, keep: Sequence[Path] = ()) -> None:
-    """Delete the checkpoints with the fewest steps until `limit` are left; never the newest nor those in `keep`."""
+    """Delete our checkpoints with the fewest steps until `limit` are left; never the newest, nor those in `keep`."""
     if limit is None or limit <= 0:
         return
     found = list_checkpoints(output_dir)
     kept = {path.resolve() for path in keep}
-    spare = [checkpoint for checkpoint in found[1:] if checkpoint.path.resolve() not in kept]
+    spare = [
+        checkpoint for checkpoint in found[1:] if checkpoint.path.resolve() not in kept and is_ours(checkpoint.path)
+    ]
     excess = len(found) - max(limit, len(found) - len(spare))
     for checkpoint in spare[len(spare) - excess :] if excess > 0 else []:
-        # Renamed first: a kill while deleting must not leave half a checkpoint under its name.
-        doomed = checkpoint.path.with_name(f".{checkpoint.path.name}.deleted")
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.rename(checkpoint.path, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        _delete(checkpoint.path)
+
+
+def remove_all(output_dir: Path) -> None:
+    """Delete every checkpoint of an earlier run that this project wrote; what is somebody else's gets another name."""
+    for checkpoint in list_checkpoints(output_dir):
+        if is_ours(checkpoint.path):
+            _delete(checkpoint.path)
+        else:
+            set_aside(checkpoint.path)
+
+
+def _delete(checkpoint: Path) -> None:
+    # Renamed first: a kill while deleting must not leave half a checkpoint under its name.
+    doomed = checkpoint.with_name(f".{checkpoint.name}.deleted")
+    clear_name(doomed, is_ours)
+    os.rename(checkpoint, doomed)
+    remove_folder(doomed, is_ours)
 
 
 def remove_leftovers(output_dir: Path) -> list[str]:
@@ -227,8 +249,9 @@ def remove_leftovers(output_dir: Path) -> list[str]:
         if match[2] == "replaced" and not target.exists():
             os.rename(path, target)  # killed between the two renames of `publish`
             continue
-        shutil.rmtree(path, ignore_errors=True)
-        names.append(path.name)
+        with contextlib.suppress(RecipeError):  # nothing says that it is ours
+            remove_folder(path, is_ours)
+            names.append(path.name)
     return names
 
 
@@ -264,14 +287,67 @@ def what_is_left(output_dir: Path) -> str:
     return f"{found[0].path} is left as it was."
 
 
-def move_in(staging: Path) -> None:
-    """Sync a staging folder's files and move them, each by one rename, into the folder it lies in."""
-    for path in sorted(path for path in staging.rglob("*") if path.is_file()):
-        sync_file(path)
-    for path in sorted(staging.iterdir()):
-        target = staging.parent / path.name
-        if path.is_dir() and target.exists():
-            shutil.rmtree(target)
-        os.replace(path, target)
-    staging.rmdir()
-    sync_folder(staging.parent)
+def run_folder(output_dir: str | os.PathLike[str]) -> OutputFolder:
+    """Return the output directory of a run, to be written into; what an earlier version of this project left there is ours.
+
+    An earlier version kept no record. Its run is known by the recipe it saved together with its metrics or a checkpoint, its
+    base by the file that says what it was made from.
+    """
+    folder = OutputFolder(output_dir)
+    if folder.has_record() or not folder.path.is_dir():
+        return folder
+    names = []
+    metrics = read_metrics(folder.path)
+    if is_saved_recipe(folder.path / RECIPE) and (
+        metrics or any(is_ours(it.path) for it in list_checkpoints(folder.path))
+    ):
+        names = [*_RESULT, RECIPE, AUDIT, *(path.name for path in folder.path.glob("model-*-of-*.safetensors"))]
+        names += [*([METRICS] if metrics else []), *_of_evaluation(folder.path)]
+    elif (
+        any(is_ours(it.path) for it in list_checkpoints(folder.path))
+        or (folder.path / BASE / "made_from.json").is_file()
+    ):
+        names = [AUDIT]
+    if (folder.path / BASE / "made_from.json").is_file():
+        names += [path.relative_to(folder.path).as_posix() for path in (folder.path / BASE).iterdir()]
+    folder.adopt(names)
+    return folder
+
+
+def of_the_model(names: Iterable[str]) -> list[str]:
+    """Return those names in a run's folder that belong to its saved model: weights, processor, and what was measured on it."""
+    result = {*_RESULT, METRICS, RECIPE}
+    is_shard = re.compile(r"model-\d+-of-\d+\.safetensors").fullmatch
+    return [name for name in names if name in result or name.split("/")[0] in OF_EVALUATION or is_shard(name)]
+
+
+def read_metrics(output_dir: Path) -> dict[str, Any]:
+    """Return what a finished run has written into `metrics.json`; nothing if there is no such file or it is another's."""
+    try:
+        metrics = json.loads((output_dir / METRICS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return (
+        metrics if isinstance(metrics, dict) and metrics.get("is_finished") is True and "num_steps" in metrics else {}
+    )
+
+
+def is_saved_recipe(path: Path) -> bool:
+    """Whether a recipe file was written by a run rather than by hand."""
+    try:
+        return path.read_text(encoding="utf-8").startswith(_RECIPE_HEAD)
+    except (OSError, ValueError):
+        return False
+
+
+def _of_evaluation(folder: Path) -> list[str]:
+    try:
+        scores = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+        shown = json.loads((folder / "samples.json").read_text(encoding="utf-8"))
+        names = [str(sample["image"]) for sample in shown if set(sample) == {"image", "question", "before", "after"}]
+        return [
+            *(["evaluation.json"] if list(scores) == ["results"] else []),
+            *(["samples.json", *names] if names else []),
+        ]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []

@@ -6,6 +6,7 @@ Rows are read in parts, each part in one process; pictures are looked at once ho
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import dataclasses
 import hashlib
@@ -15,7 +16,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from vir_hf.conversations import (
@@ -24,13 +25,14 @@ from vir_hf.conversations import (
     PROBLEM_KINDS,
     encode_messages,
     encode_row,
-    row_problems,
-    sound_messages,
+    examine,
 )
-from vir_hf.errors import DataError, ImageError, RecipeError
+from vir_hf.errors import DataError, ImageError, RecipeError, clipped, shown
+from vir_hf.identity import picture_identity
 from vir_hf.image_folder import ImageFolder
 from vir_hf.images import ImageHeader, is_misnamed, open_image, read_image_header
 from vir_hf.row_files import RowRange, find_data_files, read_rows, split_rows
+from vir_hf.row_keys import unread_keys
 from vir_hf.rows import text_problem
 
 # Kind -> what to do. The kinds of conversations.py come first, then what only the whole data set shows.
@@ -53,6 +55,7 @@ ERRORS = frozenset([*FATAL_KINDS, "nothing_supervised", *(k for k in REMEDIES if
 }
 _ROWS_PER_PART = 2_000
 _IMAGES_PER_TASK = 500
+_BYTES_PER_TASK = 2**20
 
 
 class Problem(NamedTuple):
@@ -80,6 +83,7 @@ class CheckReport:
         images: the header of every distinct picture that could be opened.
         rows_per_image: how many rows show each distinct picture.
         images_per_row: how many pictures each readable row shows.
+        unread: keys of no known meaning, each with the number of rows that have it; they are left alone.
     """
 
     files: list[str]
@@ -91,6 +95,7 @@ class CheckReport:
     images: list[ImageHeader] = dataclasses.field(default_factory=list)
     rows_per_image: list[int] = dataclasses.field(default_factory=list)
     images_per_row: list[int] = dataclasses.field(default_factory=list)
+    unread: Counter[str] = dataclasses.field(default_factory=Counter)
     max_length: int | None = None
     has_tokens: bool = False
     is_decoded: bool = False
@@ -134,6 +139,13 @@ _FOLDERS: dict[str, ImageFolder] = {}
 _CHECK = _Check(None)
 
 
+class _Embedded(NamedTuple):
+    """A picture that came with its row: which one it is, and its header, or kind and detail of what is wrong with it."""
+
+    identity: Hashable
+    outcome: ImageHeader | tuple[str, str]
+
+
 @dataclasses.dataclass
 class _PartResult:
     """What one process found in one part of a file; row numbers are those of the file."""
@@ -142,10 +154,11 @@ class _PartResult:
     num_rows: int = 0
     problems: list[Problem] = dataclasses.field(default_factory=list)
     keys: list[tuple[int, str, bytes]] = dataclasses.field(default_factory=list)  # row, id or "", digest of the rest
-    references: list[tuple[int, str, str | ImageHeader | tuple[str, str]]] = dataclasses.field(default_factory=list)
+    references: list[tuple[int, str, str | _Embedded]] = dataclasses.field(default_factory=list)
     lengths: list[int] = dataclasses.field(default_factory=list)
     supervised: list[int] = dataclasses.field(default_factory=list)
     images_per_row: list[int] = dataclasses.field(default_factory=list)
+    unread: Counter[str] = dataclasses.field(default_factory=Counter)
 
 
 def check_data(
@@ -212,6 +225,7 @@ class _Pool:
         if num_workers is None:
             num_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         _start(check)
+        self._num_workers = num_workers
         self._pool = None
         if num_workers > 1 and num_tasks > 1:
             # Forked processes share the tokenizer and the imports; where there is no fork they are sent and made anew.
@@ -222,6 +236,19 @@ class _Pool:
 
     def map(self, function: Callable[[Any], Any], tasks: Sequence[Any]) -> Iterator[Any]:
         return self._pool.map(function, tasks) if self._pool else map(function, tasks)
+
+    def stream(self, function: Callable[[Any], Any], tasks: Iterable[Any]) -> Iterator[Any]:
+        """`map` over tasks that are made as they are needed, a few ahead of what has been done."""
+        if self._pool is None:
+            yield from map(function, tasks)
+            return
+        running: collections.deque[concurrent.futures.Future[Any]] = collections.deque()
+        for task in tasks:
+            running.append(self._pool.submit(function, task))
+            if len(running) > 2 * self._num_workers:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
 
     def __enter__(self) -> _Pool:
         return self
@@ -249,12 +276,14 @@ def _check_part(task: tuple[str, RowRange]) -> _PartResult:
 def _check_row(raw: Any, number: int, result: _PartResult) -> None:
     written_id = raw.get("id") if isinstance(raw, dict) else None
     row_id = "" if written_id is None else _printable(str(written_id))
-    problems = list(row_problems(raw))
+    problems, row = examine(raw)
     result.keys.append((number, row_id, _digest(raw)))
-    if not any(kind in FATAL_KINDS for kind, _ in problems):
-        problems += _check_content(sound_messages(raw), number, row_id, result)
+    result.unread.update({clipped(_printable(name), 60) for name, matters in unread_keys(raw) if not matters})
+    if row is not None:
+        problems += _check_content(row, number, clipped(row_id, 80), result)
     result.problems += [
-        Problem(result.file, number, row_id, kind, _printable(detail)) for kind, detail in dict.fromkeys(problems)
+        Problem(result.file, number, clipped(row_id, 80), kind, clipped(_printable(detail)))
+        for kind, detail in dict.fromkeys(problems)
     ]
 
 
@@ -293,13 +322,15 @@ def _too_long(row: dict[str, Any], num_tokens: int, max_length: int) -> tuple[st
     return "too_long", f"{num_tokens} tokens, {max_length} allowed: the last {lost} are cut off"
 
 
-def _reference(image: Any) -> str | ImageHeader | tuple[str, str]:
-    """Return a file's name as it is; of embedded bytes the header, or the kind and detail of what is wrong."""
+def _reference(image: Any) -> str | _Embedded:
+    """Return a file's name as it is; of an embedded picture which one it is and what it looks like."""
     if isinstance(image, dict) and image.get("bytes") is not None:
-        return _look_at({"bytes": image["bytes"], "path": image.get("path")})
+        return _Embedded(picture_identity(image), _look_at({"bytes": image["bytes"], "path": image.get("path")}))
     if isinstance(image, dict):
         image = image.get("path")
-    return image if isinstance(image, str) else ("image_missing", f"image {image!r}: expected a file name")
+    if isinstance(image, str):
+        return image
+    return _Embedded(picture_identity(image), ("image_missing", f"image {shown(image)}: expected a file name"))
 
 
 def _digest(raw: Any) -> bytes:
@@ -317,16 +348,17 @@ def _merge_rows(report: CheckReport, results: Sequence[_PartResult]) -> None:
         report.lengths += result.lengths
         report.supervised += result.supervised
         report.images_per_row += result.images_per_row
+        report.unread += result.unread
         for row, row_id, digest in result.keys:
             place = (result.file, row)
             first = digests.setdefault(digest, place)
             if first != place:
                 detail = f"the same as {_place(first, result.file)}"
-                report.problems.append(Problem(result.file, row, row_id, "duplicate_row", detail))
+                report.problems.append(Problem(result.file, row, clipped(row_id, 80), "duplicate_row", detail))
             same_id = ids.setdefault(row_id, place) if row_id else place
             if same_id != place and first == place:
                 detail = f"{_place(same_id, result.file)} has this id too"
-                report.problems.append(Problem(result.file, row, row_id, "duplicate_id", detail))
+                report.problems.append(Problem(result.file, row, clipped(row_id, 80), "duplicate_id", detail))
 
 
 def _place(place: tuple[str, int], file: str) -> str:
@@ -346,9 +378,10 @@ def _check_images(
                 # The same reference below another data file's folder is another picture.
                 users.setdefault(("" if report.image_folder else result.file, reference), []).append(user)
             else:  # embedded in its row, and looked at there
-                key = ("embedded", len(users))
-                users[key] = [user]
-                looked.append((key, [reference]))
+                key = ("embedded", reference.identity)
+                if key not in users:
+                    looked.append((key, [reference.outcome]))
+                users.setdefault(key, []).append(user)
     named = [key for key in users if key[0] != "embedded"]
     tasks = [named[start : start + _IMAGES_PER_TASK] for start in range(0, len(named), _IMAGES_PER_TASK)]
     outcomes = pool.map(_look_at_files, [[(users[key][0][0], key[1]) for key in task] for task in tasks])
@@ -366,18 +399,36 @@ def _check_images(
 
 
 def look_at_pictures(
-    sources: Sequence[str | dict[str, Any]],
+    sources: Iterable[str | dict[str, Any]],
+    num_sources: int,
     num_workers: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[ImageHeader | tuple[str, str]]:
-    """Return the header of each picture, or the kind and detail of what is wrong with it, found on all cores."""
-    tasks = [sources[start : start + _IMAGES_PER_TASK] for start in range(0, len(sources), _IMAGES_PER_TASK)]
-    found: list[ImageHeader | tuple[str, str]] = []
-    with _Pool(_Check(None), len(tasks), num_workers) as pool:
-        for done, outcomes in enumerate(pool.map(_look_at_all, tasks), 1):
-            found += outcomes
-            progress(done, len(tasks))
-    return found
+) -> Iterator[ImageHeader | tuple[str, str]]:
+    """Yield the header of each picture, or the kind and detail of what is wrong with it, found on all cores.
+
+    Sources are taken as they are needed, and of embedded pictures no more are held than the processes are busy with.
+
+    Args:
+        num_sources: about how many there are.
+    """
+    num_tasks = -(-num_sources // _IMAGES_PER_TASK)
+    with _Pool(_Check(None), num_tasks, num_workers) as pool:
+        for done, outcomes in enumerate(pool.stream(_look_at_all, _tasks(sources)), 1):
+            yield from outcomes
+            progress(min(done, num_tasks), num_tasks)
+
+
+def _tasks(sources: Iterable[str | dict[str, Any]]) -> Iterator[list[str | dict[str, Any]]]:
+    task: list[str | dict[str, Any]] = []
+    num_bytes = 0
+    for source in sources:
+        task.append(source)
+        num_bytes += len(source["bytes"]) if isinstance(source, dict) else 0
+        if len(task) == _IMAGES_PER_TASK or num_bytes > _BYTES_PER_TASK:
+            yield task
+            task, num_bytes = [], 0
+    if task:
+        yield task
 
 
 def _look_at_all(sources: Sequence[str | dict[str, Any]]) -> list[ImageHeader | tuple[str, str]]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from vir_hf import __version__
 from vir_hf.errors import DataError, RecipeError
+from vir_hf.waiting import bound_spinning
 
 WRONG_CALL = 2
 INTERRUPTED = 130
@@ -59,6 +60,7 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Carry out one command line and return its exit code: 0 ok, 1 problems found, 2 wrong call or bad recipe or data."""
+    bound_spinning()
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())

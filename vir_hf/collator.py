@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,8 +10,9 @@ from typing import Any
 import torch
 from torch.utils.data import default_collate
 
-from vir_hf.conversations import encode_row
-from vir_hf.errors import DataError
+from vir_hf.conversations import encode_with_images
+from vir_hf.errors import DataError, clipped, shown
+from vir_hf.identity import picture_identity
 
 logger = logging.getLogger(__name__)
 
@@ -95,20 +95,25 @@ class LlavaDataCollator:
         return batch
 
     def _encode(self, row: Mapping[str, Any], pictures: list[_Picture]) -> _Row:
-        encoding = encode_row(row, self.processor, max_length=self.max_length)
+        encoding, sources = encode_with_images(row, self.processor, max_length=self.max_length)
         is_masked = bool(row.get("is_masked"))  # a copy that only keeps its rank in step with the others
         labels = [IGNORED] * len(encoding["labels"]) if is_masked else encoding["labels"]
-        sources = list(row.get("images") or [])
-        num_images = encoding["input_ids"].count(self.processor.image_token_id) // self.processor.num_image_tokens
+        num_image_tokens = encoding["input_ids"].count(self.processor.image_token_id)
+        if num_image_tokens != len(sources) * self.processor.num_image_tokens:
+            raise DataError(
+                f"row {shown(row.get('id', ''))}: {num_image_tokens} image tokens for {len(sources)} images of "
+                f"{self.processor.num_image_tokens} tokens each. The processor and the row disagree; is the processor the "
+                "model's own?"
+            )
         indices = []
-        for source in sources[:num_images]:  # truncation removes whole turns, and their pictures, from the end
-            key = picture_key(source)
+        for source in sources:
+            key = picture_identity(source)
             index = next((i for i, picture in enumerate(pictures) if picture.key == key), None)
             if index is None:
                 index = len(pictures)
                 pictures.append(_Picture(key, source))
             indices.append(index)
-        return _Row(str(row.get("id", "")), encoding["input_ids"], labels, indices)
+        return _Row(str(row.get("id") or ""), encoding["input_ids"], labels, indices)
 
     def _open_pictures(self, pictures: list[_Picture], rows: list[_Row]) -> dict[str, torch.Tensor]:
         """Pixels, or features computed before, of the distinct pictures; a picture that breaks masks its rows or raises."""
@@ -126,7 +131,7 @@ class LlavaDataCollator:
                 pixels.append(preprocess(picture.source))
             except DataError as error:
                 users = [row for row in rows if index in row.images]
-                names = ", ".join(row.id for row in users)
+                names = clipped(", ".join(row.id for row in users), 120)
                 if self.on_bad_image == "raise":
                     raise DataError(
                         f"row {names}: {error} Mend or remove the row, or set data.on_bad_image=skip."
@@ -230,17 +235,6 @@ class LlavaDataCollator:
         if images:
             batch["image_indices"] = torch.tensor(images)
         return batch
-
-
-def picture_key(source: Any) -> Any:
-    """What two references to the same picture have in common: path, bytes, or the pixels of an opened image."""
-    if isinstance(source, Mapping):
-        return source.get("path") or source.get("bytes")
-    if isinstance(source, (str, bytes)):
-        return source
-    if hasattr(source, "tobytes"):
-        return (source.size, source.mode, hashlib.blake2b(source.tobytes()).digest())
-    return id(source)
 
 
 def shareable_length(row: _Row) -> int:

@@ -7,19 +7,21 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import datasets
 import numpy as np
 from huggingface_hub import hf_hub_download, snapshot_download
 
-from vir_hf.errors import DataError, ImageError, RecipeError
+from vir_hf import files
+from vir_hf.errors import DataError, ImageError, RecipeError, clipped
 from vir_hf.image_folder import ImageFolder
 from vir_hf.images import open_image
-from vir_hf.row_cache import cache_folder, cached_rows, fingerprint, read_bad_rows
+from vir_hf.row_cache import cache_folder, cached_rows, fingerprint
 from vir_hf.row_files import DATA_SUFFIXES, RowRange, find_data_files, read_rows, split_rows
-from vir_hf.rows import BadRow, BadRowPolicy, normalise_row
+from vir_hf.rows import BadRow, BadRowPolicy, normalise_row, report_unread
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +32,7 @@ ROW_FEATURES = datasets.Features(
             {
                 "role": datasets.Value("string"),
                 "content": datasets.List({"type": datasets.Value("string"), "text": datasets.Value("string")}),
+                "supervised": datasets.Value("bool"),  # false in an answer that is not learned, else null
             }
         ),
         "images": datasets.List(datasets.Image(decode=False)),
@@ -209,6 +212,7 @@ class _FileRows:
     """The rows of files on this machine."""
 
     def __init__(self, path: str, image_folder: str | os.PathLike[str] | None, allow_urls: bool) -> None:
+        self.path = path
         self.files = find_data_files(path)
         if image_folder is not None:
             self.folders = [ImageFolder(image_folder, allow_urls=allow_urls)] * len(self.files)
@@ -220,19 +224,16 @@ class _FileRows:
         for folder in self.folders:
             folder.open()
         name = fingerprint(self.files, [folder.identity for folder in self.folders], max_rows)
-        cached = cache_folder() / f"rows-{name}.arrow"
-        if any(self._has_arrived(bad) for bad in read_bad_rows(cached) or []):
-            cached.with_suffix(".json").unlink()  # a picture that was missing is there now: read the rows again
-        return _open_cache(name, self._rows(max_rows))
+        return _open_cache(name, lambda unread: self._rows(max_rows, unread), self.path, self._has_arrived)
 
-    def _rows(self, max_rows: int | None) -> Iterator[dict[str, Any] | BadRow]:
+    def _rows(self, max_rows: int | None, unread: Counter[str]) -> Iterator[dict[str, Any] | BadRow]:
         num_rows = 0
         for file, folder in zip(self.files, self.folders, strict=True):
             for number, raw in read_rows(file):
                 if num_rows == max_rows:
                     return
                 num_rows += 1
-                yield normalise_row(raw, folder, file, number)
+                yield normalise_row(raw, folder, file, number, unread)
 
     def _has_arrived(self, bad: BadRow) -> bool:
         try:
@@ -260,18 +261,28 @@ def _parts_of(file: str, max_parts: int) -> list[RowRange]:
         return [RowRange(*part) for part in json.loads(path.read_text(encoding="utf-8"))]
     except (OSError, ValueError, TypeError):
         parts = split_rows(file, max_parts)
-        temporary = path.with_suffix(f".{os.getpid()}.incomplete")
-        temporary.write_text(json.dumps(parts), encoding="utf-8")
-        os.replace(temporary, path)
+        files.write_text(path, json.dumps(parts))
         return parts
 
 
 def _generate_rows(shards: list[tuple[str, ImageFolder, RowRange]], policy: BadRowPolicy) -> Iterator[dict[str, Any]]:
+    reported: Counter[str] = Counter()
     for file, folder, part in shards:
         for number, raw in read_rows(file, part):
-            row = _usable(normalise_row(raw, folder, file, number), policy)
+            row = _usable(_normalise_streamed(raw, folder, file, number, reported), policy)
             if row is not None:
                 yield row
+
+
+def _normalise_streamed(
+    raw: Any, folder: ImageFolder | None, source: str, number: int, reported: Counter[str]
+) -> dict[str, Any] | BadRow:
+    """`normalise_row` of a stream, whose unread keys are told at the first row that has them: nobody knows how many come."""
+    unread: Counter[str] = Counter()
+    row = normalise_row(raw, folder, source, number, unread)
+    report_unread(unread - reported, f"{source} (first in row {number})")
+    reported |= unread
+    return row
 
 
 def _usable(row: dict[str, Any] | BadRow, policy: BadRowPolicy) -> dict[str, Any] | None:
@@ -280,7 +291,7 @@ def _usable(row: dict[str, Any] | BadRow, policy: BadRowPolicy) -> dict[str, Any
         return row
     if (policy.on_bad_image if row.is_image else policy.on_bad_row) == "raise":
         policy.enforce([row], row.row + 1, row.file)
-    logger.warning("left out: %s: row %d (id %s): %s", row.file, row.row, row.id, row.detail)
+    logger.warning("%s", clipped(f"left out: {row.file}: row {row.row} (id {row.id}): {row.detail}"))
     return None
 
 
@@ -303,15 +314,21 @@ class _HubRows:
     def load(self, max_rows: int | None) -> tuple[datasets.Dataset, list[BadRow]]:
         dataset = self.dataset if max_rows is None else self.dataset.take(max_rows)
         name = fingerprint([], self.name, dataset._fingerprint, self.folder.identity if self.folder else None)
-        return _open_cache(name, (normalise_row(raw, self.folder, self.name, i) for i, raw in enumerate(dataset)))
+
+        def rows(unread: Counter[str]) -> Iterator[dict[str, Any] | BadRow]:
+            return (normalise_row(raw, self.folder, self.name, i, unread) for i, raw in enumerate(dataset))
+
+        return _open_cache(name, rows, self.name)
 
     def stream(self, policy: BadRowPolicy) -> datasets.IterableDataset:
         columns = self.dataset.column_names or list(next(iter(self.dataset)))
 
+        reported: Counter[str] = Counter()
+
         def normalise(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
             raws = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
             rows = [
-                _usable(normalise_row(raw, self.folder, self.name, i), policy)
+                _usable(_normalise_streamed(raw, self.folder, self.name, i, reported), policy)
                 for i, raw in zip(numbers, raws, strict=True)
             ]
             return {column: [row[column] for row in rows if row is not None] for column in ROW_FEATURES}
@@ -331,8 +348,14 @@ def _without_decoding(dataset: Any) -> Any:
     return dataset
 
 
-def _open_cache(name: str, rows: Iterator[dict[str, Any] | BadRow]) -> tuple[datasets.Dataset, list[BadRow]]:
-    path, bad_rows = cached_rows(name, rows)
+def _open_cache(
+    name: str,
+    rows: Callable[[Counter[str]], Iterator[dict[str, Any] | BadRow]],
+    source: str,
+    has_arrived: Callable[[BadRow], bool] = lambda bad: False,
+) -> tuple[datasets.Dataset, list[BadRow]]:
+    path, bad_rows, unread = cached_rows(name, rows, has_arrived)
+    report_unread(unread, source)
     return datasets.Dataset.from_file(str(path), info=datasets.DatasetInfo(features=ROW_FEATURES)), bad_rows
 
 

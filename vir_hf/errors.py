@@ -1,10 +1,50 @@
-"""The two errors a user can cause: a recipe that cannot be run and data that cannot be trained on."""
+"""The errors a user can cause: a recipe that cannot be run, data that cannot be trained on, a run that could not go on.
+
+No message is longer than `MAX_MESSAGE` characters, whatever it quotes: what is long is cut in its middle, where the data
+stand, and keeps its beginning (what was found, and where) and its end (what to do).
+"""
 
 from __future__ import annotations
+
+from typing import Any
+
+MAX_MESSAGE = 500
+_MAX_SHOWN = 80
+_CUT = " [...] "
+
+
+def clipped(text: str, limit: int = MAX_MESSAGE) -> str:
+    """Return the text in at most `limit` characters; of a longer one the beginning and the end."""
+    if len(text) <= limit:
+        return text
+    kept = limit - len(_CUT)
+    tail = kept * 2 // 5
+    return text[: kept - tail] + _CUT + text[len(text) - tail :]
+
+
+def shown(value: Any) -> str:
+    """Return a value of the data as a message quotes it, in at most 80 characters; of bytes their number."""
+    if value is None:
+        return "null"
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return f"{len(value):,} bytes"
+    if isinstance(value, str) and len(value) > _MAX_SHOWN:
+        kind = "a data URI" if value[:5].lower() == "data:" else "a text"
+        return f"{kind} of {len(value):,} characters ({value[:16]!r}...)"
+    if isinstance(value, dict):  # each value shortened by itself, so that none is written out to be cut
+        inner = ", ".join(f"{clipped(repr(key), 24)}: {shown(value[key])}" for key in list(value)[:4])
+        return clipped("{" + inner + (", ..." if len(value) > 4 else "") + "}", _MAX_SHOWN)
+    if isinstance(value, (list, tuple)):
+        inner = ", ".join(map(shown, value[:4]))
+        return clipped("[" + inner + (", ..." if len(value) > 4 else "") + "]", _MAX_SHOWN)
+    return clipped(repr(value), _MAX_SHOWN)
 
 
 class RecipeError(ValueError):
     """A recipe (or a command's argument) that cannot be run; the message names the key and the remedy."""
+
+    def __str__(self) -> str:
+        return clipped(super().__str__())
 
 
 class DataError(ValueError):
@@ -14,7 +54,7 @@ class DataError(ValueError):
         # torch hands on what a data loader's worker raised with the worker's traceback as the message; its end is the message.
         text = super().__str__()
         is_handed_on = text.startswith("Caught ") and "Original Traceback" in text
-        return text.rpartition("DataError: ")[2].strip() if is_handed_on else text
+        return clipped(text.rpartition("DataError: ")[2].strip() if is_handed_on else text)
 
 
 class ImageError(DataError):
@@ -26,8 +66,11 @@ class ImageError(DataError):
         self.message = message
 
     def __str__(self) -> str:
-        return self.message
+        return clipped(self.message)
 
 
 class RunError(RuntimeError):
     """A run that could not go on: a full disk, bad numbers, no memory. The message says what is left and what to do."""
+
+    def __str__(self) -> str:
+        return clipped(super().__str__())

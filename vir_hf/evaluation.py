@@ -8,19 +8,20 @@ from __future__ import annotations
 import functools
 import json
 import random
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from vir_hf.checkpoints import OF_EVALUATION, run_folder
 from vir_hf.errors import DataError
+from vir_hf.files import writing
+from vir_hf.identity import picture_identity
 from vir_hf.image_folder import ImageFolder
 from vir_hf.images import open_image
 from vir_hf.inference import Answerer, Prompt, Question
-from vir_hf.json_files import write_json
 from vir_hf.questions import look_at_picture, row_question, row_references
 from vir_hf.scoring import NORMALISATION, is_empty, mean_scores
 
@@ -38,15 +39,13 @@ class Case:
         open: returns the question with its pictures opened. Each call opens them again: whoever calls it lets go of them
             before the next, so that no number of rows takes more memory than one.
         references: the answers that count as right.
-        picture: the name of its first picture.
-        num_images: how many it has.
+        picture: the identity of the first image of the conversation, if it has one.
     """
 
     id: str
     open: Callable[[], Question]
     references: Sequence[str]
-    picture: str | None = None
-    num_images: int = 0
+    picture: Hashable | None = None
 
 
 def read_cases(rows: Sequence[Mapping[str, Any]], folder: str) -> list[Case]:
@@ -59,20 +58,13 @@ def read_cases(rows: Sequence[Mapping[str, Any]], folder: str) -> list[Case]:
     cases = []
     for row in rows:
         try:
-            looked_at = row_question(row, images, open_picture=look_at_picture)
+            looked_at = row_question(row, images, open_picture=look_at_picture).all_images()
+            first = picture_identity(looked_at[0]) if looked_at else None
             open_again = functools.partial(row_question, row, images)
-            cases.append(
-                Case(str(row["id"]), open_again, row_references(row), _first_picture(row), len(looked_at.images))
-            )
+            cases.append(Case(str(row["id"]), open_again, row_references(row), first))
         except DataError as error:
             raise DataError(f"row with id {row['id']}: {error}") from error
     return cases
-
-
-def _first_picture(row: Mapping[str, Any]) -> str | None:
-    given = row.get("images", row.get("image"))
-    first = given[0] if isinstance(given, list) and given else given
-    return first if isinstance(first, str) else None
 
 
 def answer_cases(
@@ -156,13 +148,24 @@ def choose_samples(cases: Sequence[Case], num_samples: int, seed: int = 0) -> li
     order = list(range(len(cases)))
     random.Random(seed).shuffle(order)
     chosen: list[int] = []
-    shown: set[str] = set()
+    shown: set[Hashable] = set()
     for number in order:
-        case = cases[number]
-        if len(chosen) < num_samples and case.num_images and (case.picture or case.id) not in shown:
+        picture = cases[number].picture
+        if len(chosen) < num_samples and picture is not None and picture not in shown:
             chosen.append(number)
-            shown.add(case.picture or case.id)
+            shown.add(picture)
     return chosen
+
+
+def check_results(run: Path) -> None:
+    """Raise before anything is asked if the results would take the place of files that are not ours.
+
+    Raises:
+        RecipeError: which file.
+    """
+    run_folder(run).refuse_foreign(
+        OF_EVALUATION, str(run), "Move it away: the results of vir-hf evaluate get these names."
+    )
 
 
 def write_results(run: Path, results: Sequence[Mapping[str, Any]]) -> None:
@@ -170,7 +173,7 @@ def write_results(run: Path, results: Sequence[Mapping[str, Any]]) -> None:
     path = run / EVALUATION
     names = {result["dataset"] for result in results}
     earlier = json.loads(path.read_text(encoding="utf-8"))["results"] if path.is_file() else []
-    write_json(path, {"results": [*(r for r in earlier if r["dataset"] not in names), *results]})
+    run_folder(run).write_json(EVALUATION, {"results": [*(r for r in earlier if r["dataset"] not in names), *results]})
 
 
 def write_samples(run: Path, cases: Sequence[Case], before: Sequence[str], after: Sequence[str]) -> None:
@@ -180,15 +183,18 @@ def write_samples(run: Path, cases: Sequence[Case], before: Sequence[str], after
         cases: each with a picture at least; the first is shown.
         before, after: the answer to each before and after tuning.
     """
-    folder = run / SAMPLE_FOLDER
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    output = run_folder(run)
+    staging = output.stage(SAMPLE_FOLDER)
     listed = []
     for number, (case, earlier, later) in enumerate(zip(cases, before, after, strict=True), 1):
-        name = f"{SAMPLE_FOLDER}/{number}.jpg"
+        name = f"{number}.jpg"
         question = case.open()
-        shown = open_image(question.images[0])
+        shown = open_image(question.all_images()[0])
         shown.thumbnail((768, 768))
-        shown.save(run / name, quality=90)  # pixels only: neither a place nor a camera is written
-        listed.append({"image": name, "question": question.text, "before": earlier, "after": later})
-    write_json(run / SAMPLES, listed)
+        with writing(staging / name) as temporary:
+            shown.save(temporary, "JPEG", quality=90)  # pixels only: neither a place nor a camera is written
+        listed.append(
+            {"image": f"{SAMPLE_FOLDER}/{name}", "question": question.text, "before": earlier, "after": later}
+        )
+    output.replace_folder(SAMPLE_FOLDER, staging)
+    output.write_json(SAMPLES, listed)

@@ -3,7 +3,8 @@
 A cache belongs to one tower, one preprocessing, one feature layer and one dtype; its `cache.json` says which, and it is
 refused for any other. Pictures are known by their content, so renamed and repeated files share an entry. Every writer has
 files of its own, so that any number of ranks may write at once, and an entry counts from the moment its line is in an
-index: a run killed in the middle loses at most the picture it was writing.
+index: a run killed in the middle loses at most the picture it was writing. A line holds a checksum, so that an entry which the
+disk has lost or damaged is computed again, and no other.
 """
 
 from __future__ import annotations
@@ -14,19 +15,25 @@ import logging
 import os
 import shutil
 import uuid
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from accelerate import PartialState
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from vir_hf import files
 from vir_hf.errors import DataError, RecipeError
+from vir_hf.identity import Folders, file_stamp, picture_identities, picture_identity
 from vir_hf.images import read_image_bytes
 from vir_hf.preprocessing import ImagePreprocessor
+from vir_hf.row_cache import flat_batches
 
 if TYPE_CHECKING:
     from vir_hf.llava.modeling_llava import LlavaModel
@@ -76,7 +83,8 @@ class FeatureCache:
         self._check_identity()
         self.shape = (int(identity["num_patches"]), int(identity["width"]))
         self._numpy_type = np.dtype(_NUMPY_TYPES[identity["dtype"]])
-        self._entries: dict[str, tuple[str, int]] = {}
+        self._entries: dict[str, _Entry] = {}
+        self._num_whole: dict[str, int] = {}
         self._read_until: dict[str, int] = {}
         self._maps: dict[str, np.ndarray] = {}
         self._digests: dict[Any, str] = {}
@@ -91,15 +99,27 @@ class FeatureCache:
         return len(self._entries)
 
     def __contains__(self, source: Any) -> bool:
-        return self.digest(source) in self._entries
+        entry = self._entries.get(self.digest(source))
+        return entry is not None and self._is_whole(entry)
 
     def __call__(self, source: Any) -> torch.Tensor | None:
-        """Return the features of a picture, `(num_patches, vision_hidden)`, or `None` if they are not in the cache."""
-        entry = self._entries.get(self.digest(source))
-        if entry is None:
+        """Return the features of a picture, `(num_patches, vision_hidden)`.
+
+        `None` if they are not in the cache, are damaged there, or if the picture cannot be read: who opens it will see why.
+        """
+        try:
+            entry = self._entries.get(self.digest(source))
+        except DataError:
             return None
-        name, number = entry
-        values = self._shard(name, number)[number].copy()
+        if entry is None or not self._is_whole(entry):
+            return None
+        values = self._shard(entry)[entry.number].copy()
+        if entry.checksum is not None and zlib.crc32(values) != entry.checksum:
+            logger.warning(
+                "%s: entry %d of %s is damaged and not used; run vir-hf data cache-features again",
+                self.folder, entry.number, entry.shard,
+            )  # fmt: skip
+            return None
         tensor = torch.from_numpy(values)
         return tensor.view(torch.bfloat16) if self.identity["dtype"] == "bfloat16" else tensor
 
@@ -112,24 +132,48 @@ class FeatureCache:
         Raises:
             DataError: the picture cannot be read.
         """
-        key = _stamp(source)
-        if key is None or key not in self._digests:
-            content = source.tobytes() if hasattr(source, "tobytes") else read_image_bytes(source)[0]
-            found = hashlib.blake2b(content, digest_size=16).hexdigest()
-            if key is None:
-                return found
-            self._digests[key] = found
+        identity = picture_identity(source)
+        if not isinstance(identity, str):
+            raise DataError(
+                f"image: {type(source).__name__} that cannot be read; expected a path, bytes or a PIL image."
+            )
+        kind, _, found = identity.partition(":")
+        if kind in ("bytes", "pixels", "array"):
+            return found
+        # A file, known by its content wherever it lies; read again only if it has changed.
+        key = (identity, file_stamp(identity))
+        if key not in self._digests:
+            content = picture_identity(read_image_bytes(source)[0])
+            self._digests[key] = str(content).partition(":")[2]
         return self._digests[key]
+
+    def verify(self, source: Any) -> bool:
+        """Whether a picture's features are there and as they were written; a damaged entry is taken out of its index."""
+        entry = self._entries.get(self.digest(source))
+        if entry is None or not self._is_whole(entry):
+            return False
+        if entry.checksum in (None, zlib.crc32(self._shard(entry)[entry.number])):
+            return True
+        digest = self.digest(source)
+        del self._entries[digest]
+        index = self.folder / f"{entry.shard}.index"
+        lines = [line for line in index.read_bytes().splitlines(keepends=True) if line.split()[:1] != [digest.encode()]]
+        files.write_bytes(index, b"".join(lines))
+        self._read_until[index.name] = index.stat().st_size
+        return False
 
     def add(self, source: Any, features: torch.Tensor) -> None:
         """Store the features of one picture, `(num_patches, vision_hidden)`."""
+        self.store(self.digest(source), features)
+
+    def store(self, digest: str, features: torch.Tensor) -> None:
+        """`add`, for a picture whose digest is known."""
         if tuple(features.shape) != self.shape:
             raise ValueError(f"features of shape {tuple(features.shape)}; this cache holds {self.shape}")
         if self._writer is None:
             self._writer = _ShardWriter(self.folder, self.bytes_per_image)
         features = features.detach().to("cpu", getattr(torch, self.identity["dtype"])).contiguous()
         values = features.view(torch.uint16) if self.identity["dtype"] == "bfloat16" else features
-        digest = self.digest(source)
         self._entries[digest] = self._writer.write(digest, values.numpy().tobytes())
 
     def flush(self) -> None:
@@ -146,8 +190,14 @@ class FeatureCache:
                 block = file.read()
             whole = block[: block.rfind(b"\n") + 1]  # a line being written is read the next time
             for line in whole.splitlines():
-                digest, number = line.decode().split()
-                self._entries[digest] = (index.stem, int(number))
+                try:
+                    digest, number, *checksum = line.decode().split()
+                    entry = _Entry(index.stem, int(number), int(checksum[0]) if checksum else None)
+                except ValueError:  # a line that the disk has lost
+                    continue
+                known = self._entries.get(digest)
+                if known is None or not self._is_whole(known):
+                    self._entries[digest] = entry
             self._read_until[index.name] = start + len(whole)
 
     def check_disk(self, num_images: int) -> str:
@@ -166,31 +216,54 @@ class FeatureCache:
             )
         return words
 
-    def _shard(self, name: str, number: int) -> np.ndarray:
-        if name not in self._maps or len(self._maps[name]) <= number:  # it has grown since it was mapped
-            path = self.folder / f"{name}.features"
-            self._maps[name] = np.memmap(path, dtype=self._numpy_type, mode="r").reshape(-1, *self.shape)
-        return self._maps[name]
+    def _shard(self, entry: _Entry) -> np.ndarray:
+        if entry.shard not in self._maps or len(self._maps[entry.shard]) <= entry.number:  # it has grown since
+            path = self.folder / f"{entry.shard}.features"
+            shape = (self._count_whole(entry.shard), *self.shape)
+            self._maps[entry.shard] = np.memmap(path, dtype=self._numpy_type, mode="r", shape=shape)
+        return self._maps[entry.shard]
+
+    def _is_whole(self, entry: _Entry) -> bool:
+        """Whether a shard holds all of an entry; one that was cut while it was written lacks the last ones."""
+        if entry.number >= self._num_whole.get(entry.shard, 0):
+            self._num_whole[entry.shard] = self._count_whole(entry.shard)
+        return 0 <= entry.number < self._num_whole[entry.shard]
+
+    def _count_whole(self, shard: str) -> int:
+        try:
+            return (self.folder / f"{shard}.features").stat().st_size // self.bytes_per_image
+        except OSError:
+            return 0
 
     def _check_identity(self) -> None:
         path = self.folder / "cache.json"
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            temporary = path.with_name(f"cache.json.{uuid.uuid4().hex}")
-            temporary.write_text(json.dumps(self.identity, indent=2), encoding="utf-8")
-            os.replace(temporary, path)
+            files.write_text(path, json.dumps(self.identity, indent=2))
             return
         except ValueError as error:
             raise RecipeError(
                 f"{path}: not readable as JSON ({error}). Delete the folder to build the cache anew."
             ) from error
+        if not isinstance(found, dict):
+            raise RecipeError(
+                f"{path}: holds {type(found).__name__}; expected an object. Delete the folder to build the cache anew."
+            )
         differing = sorted(key for key in {*found, *self.identity} if found.get(key) != self.identity.get(key))
         if differing:
             raise RecipeError(
                 f"training.feature_cache={self.folder}: was made with another {', '.join(differing)}. Name another folder, or "
                 "delete this one to build it anew."
             )
+
+
+class _Entry(NamedTuple):
+    """Where features lie: the shard, their number in it, and a checksum (CRC-32) where the index has one."""
+
+    shard: str
+    number: int
+    checksum: int | None
 
 
 class _ShardWriter:
@@ -206,7 +279,7 @@ class _ShardWriter:
         self._features = (self.folder / f"{self.name}.features").open("wb")
         self._index = (self.folder / f"{self.name}.index").open("wb")
 
-    def write(self, digest: str, values: bytes) -> tuple[str, int]:
+    def write(self, digest: str, values: bytes) -> _Entry:
         if self.count == self.per_shard:
             self.flush()
             self._features.close()
@@ -214,10 +287,11 @@ class _ShardWriter:
             self._begin()
         self._features.write(values)
         self._features.flush()  # the index never names what the features file does not hold
-        self._index.write(f"{digest} {self.count}\n".encode())
+        entry = _Entry(self.name, self.count, zlib.crc32(values))
+        self._index.write(f"{digest} {entry.number} {entry.checksum}\n".encode())
         self._index.flush()
         self.count += 1
-        return self.name, self.count - 1
+        return entry
 
     def flush(self) -> None:
         for file in (self._features, self._index):
@@ -225,44 +299,62 @@ class _ShardWriter:
             os.fsync(file.fileno())
 
 
-def _stamp(source: Any) -> Any:
-    """What tells an unchanged file without reading it; `None` for what has no file."""
-    path = source.get("path") if isinstance(source, dict) else source
-    if isinstance(source, dict) and source.get("bytes") is not None:
-        return None
-    if not isinstance(path, str) or "://" in path:
-        return path if isinstance(path, str) else None
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return (path, status.st_size, status.st_mtime_ns)
+class _Pictures(Dataset[tuple[str, torch.Tensor] | None]):
+    """Digest and pixels of some of the pictures, both from one reading; `None` for one that cannot be opened."""
 
-
-class _Pictures(Dataset[tuple[int, torch.Tensor | None]]):
-    """Pixels of pictures by number; `None` for one that cannot be opened."""
-
-    def __init__(self, sources: Sequence[Any], preprocess: ImagePreprocessor):
-        self.sources, self.preprocess = sources, preprocess
+    def __init__(self, sources: Sequence[Any], numbers: Sequence[int], cache: FeatureCache, preprocess: Any):
+        self.sources, self.numbers, self.cache, self.preprocess = sources, numbers, cache, preprocess
 
     def __len__(self) -> int:
-        return len(self.sources)
+        return len(self.numbers)
 
-    def __getitem__(self, number: int) -> tuple[int, torch.Tensor | None]:
+    def __getitem__(self, index: int) -> tuple[str, torch.Tensor] | None:
+        source = self.sources[self.numbers[index]]
         try:
-            return number, self.preprocess(self.sources[number])
+            if not isinstance(source, Image.Image):
+                content, name = read_image_bytes(source)
+                source = {"bytes": content, "path": name}
+            return self.cache.digest(source), self.preprocess(source)
         except DataError as error:
             logger.warning("not cached: %s", error)
-            return number, None
+            return None
 
 
-def distinct_pictures(rows: Iterable[dict[str, Any]]) -> list[Any]:
-    """Return one reference for every distinct picture path of undecoded rows, in order."""
-    found: dict[Any, Any] = {}
-    for row in rows:
-        for source in row["images"]:
-            found.setdefault(source.get("path") or source.get("bytes"), source)
-    return list(found.values())
+class RowPictures(Sequence[Any]):
+    """Some pictures of a data set by number, each read when it is asked for: embedded ones would fill the memory.
+
+    Args:
+        places: of every picture the row, and which of the row's pictures it is.
+    """
+
+    def __init__(self, rows: Any, places: Sequence[tuple[int, int]]):
+        self.rows, self.places = rows, places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, number: Any) -> Any:
+        row, index = self.places[number]
+        return self.rows[row]["images"][index]
+
+
+def distinct_pictures(rows: Any) -> Sequence[Any]:
+    """Return one reference for every distinct picture (`picture_identity`) of undecoded rows, in order of appearance."""
+    if not hasattr(rows, "select_columns") or not hasattr(rows, "__len__"):  # a stream, or plain rows
+        found: dict[Any, Any] = {}
+        for row in rows:
+            for source in row["images"]:
+                found.setdefault(picture_identity(source), source)
+        return list(found.values())
+    places: dict[str, tuple[int, int]] = {}
+    folders = Folders()
+    for start, table in flat_batches(rows, ["images"]):
+        images = table.column("images").combine_chunks()
+        identities = iter(picture_identities(images, folders).to_pylist())
+        for row, count in enumerate(pc.list_value_length(images).to_pylist(), start):
+            for index in range(count or 0):
+                places.setdefault(next(identities), (row, index))
+    return RowPictures(rows.select_columns(["images"]), list(places.values()))
 
 
 def fill_cache(
@@ -275,20 +367,25 @@ def fill_cache(
     num_workers: int = 0,
     rank: int = 0,
     num_replicas: int = 1,
+    verify: bool = False,
 ) -> Iterator[int]:
     """Encode this rank's share of the pictures that are missing; yields how many each batch has added.
 
     Pictures that cannot be opened are left out: training meets and reports them by row.
+
+    Args:
+        verify: compare every entry with its checksum, which reads the whole cache, and encode damaged ones anew.
     """
     wanted = []
-    for source in list(sources)[rank::num_replicas]:
+    is_there = cache.verify if verify else cache.__contains__
+    for number in range(rank, len(sources), num_replicas):
         try:
-            if source not in cache:
-                wanted.append(source)
+            if not is_there(sources[number]):
+                wanted.append(number)
         except DataError as error:
             logger.warning("not cached: %s", error)
     loader = DataLoader(
-        _Pictures(wanted, ImagePreprocessor(processor.image_processor)),
+        _Pictures(sources, wanted, cache, ImagePreprocessor(processor.image_processor)),
         batch_size=batch_size,
         num_workers=num_workers,
         collate_fn=list,
@@ -296,19 +393,27 @@ def fill_cache(
     device = next(model.vision_tower.parameters()).device
     with torch.no_grad():
         for batch in loader:
-            opened = [(number, pixels) for number, pixels in batch if pixels is not None]
+            opened = [picture for picture in batch if picture is not None]
             if opened:
                 features = model.encode_images(torch.stack([pixels for _, pixels in opened]).to(device))
-                for (number, _), value in zip(opened, features, strict=True):
-                    cache.add(wanted[number], value)
+                for (digest, _), value in zip(opened, features, strict=True):
+                    cache.store(digest, value)
             yield len(opened)
     cache.flush()
 
 
 def cache_for_training(
-    recipe: Recipe, model: LlavaModel, processor: LlavaProcessor, rows: Iterable[dict[str, Any]], device: torch.device
+    recipe: Recipe,
+    model: LlavaModel,
+    processor: LlavaProcessor,
+    rows: Iterable[dict[str, Any]],
+    device: torch.device,
+    *,
+    verify: bool = False,
 ) -> FeatureCache | None:
     """Return the recipe's feature cache, filled with every picture of the rows by all ranks together; `None` without one.
+
+    Of a stream each rank has rows of its own, and fills the cache with all of their pictures.
 
     Raises:
         RecipeError: a cache of another tower or preprocessing, or a disk too small for it.
@@ -326,10 +431,9 @@ def cache_for_training(
     place = next(model.vision_tower.parameters()).device
     if place != device:
         model.vision_tower.to(device)
-    bar = tqdm(total=len(sources[state.process_index :: state.num_processes]), unit="picture", desc="caching features")
-    for added in fill_cache(
-        cache, model, processor, sources, rank=state.process_index, num_replicas=state.num_processes
-    ):
+    rank, num_replicas = (state.process_index, state.num_processes) if hasattr(rows, "__len__") else (0, 1)
+    bar = tqdm(total=len(range(rank, len(sources), num_replicas)), unit="picture", desc="caching features")
+    for added in fill_cache(cache, model, processor, sources, rank=rank, num_replicas=num_replicas, verify=verify):
         bar.update(added)
     bar.close()
     if place != device:

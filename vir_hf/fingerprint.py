@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, cached_file
 
+from vir_hf import files
 from vir_hf.errors import RecipeError
 
 logger = logging.getLogger(__name__)
@@ -109,7 +110,7 @@ def base_record(
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """Write a base record into an adapter's folder."""
     text = json.dumps(record, indent=2, default=str) + "\n"
-    (folder / FINGERPRINT_FILE).write_text(text, encoding="utf-8")
+    files.write_text(folder / FINGERPRINT_FILE, text)
 
 
 def read_record(adapter: Path) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
+from vir_hf import files
 from vir_hf.card import ASSETS, TAG, RunFacts, draw_loss_curve, make_card
 from vir_hf.errors import RecipeError
 
@@ -147,15 +147,19 @@ def write_repository(
         RecipeError: as `push_run`, or a folder that is not empty.
     """
     check_run(run, kind)
-    if folder.exists() and any(folder.iterdir()):
-        raise RecipeError(f"{folder}: is not empty; name a new folder, or remove it.")
-    folder.mkdir(parents=True, exist_ok=True)
+    with files.folder_in_one_piece(folder) as staging:
+        return _write_repository(run, staging, repo_id, kind=kind, licence=licence, samples_licence=samples_licence)
+
+
+def _write_repository(
+    run: Path, folder: Path, repo_id: str, *, kind: str, licence: str | None, samples_licence: str | None
+) -> RunFacts:
     is_adapter = (run / "adapter_config.json").is_file()
     if is_adapter and kind == "merged":
         write_merged(run, folder)
         for name in ("recipe.yaml", "metrics.json", "evaluation.json"):
             if (run / name).is_file():
-                shutil.copyfile(run / name, folder / name)
+                files.copy(run / name, folder / name)
     else:
         _copy_published(run, folder)
         if is_adapter and (run / "base" / "config.json").is_file():
@@ -164,12 +168,11 @@ def write_repository(
     facts = RunFacts.read(folder)
     facts.samples = RunFacts.read(run).samples
     if facts.metrics.get("loss_history"):
-        (folder / ASSETS).mkdir(exist_ok=True)
-        (folder / ASSETS / "loss.png").write_bytes(draw_loss_curve(facts.metrics["loss_history"]))
+        files.write_bytes(folder / ASSETS / "loss.png", draw_loss_curve(facts.metrics["loss_history"]))
     if samples_licence is not None:
         _copy_samples(run, folder, facts)
     card = make_card(facts, repo_id, licence=licence, samples_licence=samples_licence)
-    (folder / "README.md").write_text(str(card), encoding="utf-8")
+    files.write_text(folder / "README.md", str(card))
     check_folder(folder, run)
     return facts
 
@@ -178,14 +181,10 @@ def write_merged(run: Path, folder: Path) -> None:
     """Write an adapter merged into its base, in the base's own precision, with its processor."""
     from vir_hf.merging import merge_run
 
-    merged = merge_run(run, folder / ".merged").out
-    for path in merged.iterdir():
-        os.replace(path, folder / path.name)
-    merged.rmdir()
+    files.take_out(merge_run(run, folder / ".merged").out, folder)
 
 
 def _copy_published(source: Path, target: Path) -> None:
-    target.mkdir(parents=True, exist_ok=True)
     for pattern in _PUBLISHED:
         for path in sorted(source.glob(pattern)):
             if path.is_file() and path.name not in _NOT_PUBLISHED:
@@ -195,26 +194,21 @@ def _copy_published(source: Path, target: Path) -> None:
 def _link_or_copy(source: Path, target: Path) -> None:
     """Put a file there without copying gigabytes where the disk allows it; small ones are copied, to be rewritten."""
     if source.suffix == ".safetensors":
-        try:
-            os.link(source.resolve(), target)
-            return
-        except OSError:  # another disk, or one without hard links
-            pass
-    shutil.copyfile(source, target)
+        files.link_or_copy(source, target)
+    else:
+        files.copy(source, target)
 
 
 def _copy_samples(run: Path, folder: Path, facts: RunFacts) -> None:
     if not facts.samples:
         raise RecipeError(f"{run}: has no samples.json, so there are no sample pictures to include.")
-    (folder / ASSETS / "samples").mkdir(parents=True, exist_ok=True)
     for sample in facts.samples:
         source = run / str(sample["image"])
         if not source.resolve().is_relative_to(run.resolve()) or not source.is_file():
             raise RecipeError(f"{run}/samples.json: the picture {sample['image']!r} does not lie in the run's folder.")
-        shutil.copyfile(source, folder / ASSETS / "samples" / source.name)
+        files.copy(source, folder / ASSETS / "samples" / source.name)
     listed = [{**sample, "image": Path(str(sample["image"])).name} for sample in facts.samples]
-    listing = json.dumps(listed, indent=2, ensure_ascii=False)
-    (folder / ASSETS / "samples" / "samples.json").write_text(listing + "\n", encoding="utf-8")  # the demo's examples
+    files.write_json(folder / ASSETS / "samples" / "samples.json", listed)  # the demo's examples
 
 
 def _rewrite_paths(folder: Path, run: Path, repo_id: str) -> None:
@@ -241,7 +235,7 @@ def _rewrite_paths(folder: Path, run: Path, repo_id: str) -> None:
             if changed != value:
                 head = "".join(line + "\n" for line in text.splitlines() if line.startswith("#")) if is_yaml else ""
                 body = yaml.safe_dump(changed, sort_keys=False) if is_yaml else json.dumps(changed, indent=2) + "\n"
-                path.write_text(head + body, encoding="utf-8")
+                files.write_text(path, head + body)
 
 
 def check_folder(folder: Path, run: Path | None = None) -> None:

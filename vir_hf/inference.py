@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
-from vir_hf.conversations import encode_prompt, stop_token_ids
+from vir_hf.conversations import encode_prompt_with_images, stop_token_ids
 from vir_hf.errors import DataError, RecipeError
 from vir_hf.images import ImageSource
 from vir_hf.preprocessing import ImagePreprocessor
@@ -34,26 +34,78 @@ class Question:
 
     Attributes:
         text: the question; what looks like a special token in it stays text.
-        images: its pictures, shown before the text: whatever `vir_hf.open_image` takes.
-        system: replaces the template's own system prompt.
+        images: its images, shown before the text: whatever `vir_hf.open_image` takes.
+        system: replaces the template's own system prompt; an empty one switches it off.
         history: earlier turns, `{"role": "user" | "assistant", "content": str | list}`; a list holds
             `{"type": "text", "text": str}` and `{"type": "image", "image": picture}`.
+        parts: the question as a row writes it, where images stand between texts: `{"type": "text", "text": str}` and
+            `{"type": "image"}`, one for each of `images`, or with the picture in it, as in `history`. By default the images,
+            then the text.
     """
 
-    text: str
+    text: str = ""
     images: Sequence[ImageSource] = ()
     system: str | None = None
     history: Sequence[Mapping[str, Any]] = ()
+    parts: Sequence[Mapping[str, Any]] = ()
+
+    def __post_init__(self) -> None:
+        own = [part["image"] for part in self.parts if part.get("image") is not None]
+        if own and not self.images:
+            object.__setattr__(self, "images", own)
+            bare = [{"type": "image"} if part["type"] == "image" else part for part in self.parts]
+            object.__setattr__(self, "parts", bare)
+        num_parts = sum(part["type"] == "image" for part in self.parts)
+        if self.parts and num_parts != len(self.images):
+            raise ValueError(
+                f"the question has {num_parts} image parts and {len(self.images)} images; expected as many."
+            )
+        if self.parts and not self.text:
+            text = "".join(part["text"] for part in self.parts if part["type"] == "text")
+            object.__setattr__(self, "text", text)
+
+    @classmethod
+    def of_messages(cls, messages: Sequence[Mapping[str, Any]], images: Sequence[ImageSource]) -> Question:
+        """Return the question that a conversation ends with, each part where it stands.
+
+        Args:
+            messages: as `to_messages` returns them, the last one the human's.
+            images: one for each image part of them all, in order.
+        """
+        remaining = iter(images)
+        *earlier, last = (
+            {
+                "role": message["role"],
+                "content": [
+                    {"type": "image", "image": next(remaining)} if part["type"] == "image" else part
+                    for part in message["content"]
+                ],
+            }
+            for message in messages
+        )
+        has_system = bool(earlier) and earlier[0]["role"] == "system"
+        return cls(
+            images=[part["image"] for part in last["content"] if part["type"] == "image"],
+            system="".join(part["text"] for part in earlier[0]["content"]) if has_system else None,
+            history=earlier[has_system:],
+            parts=[{"type": "image"} if part["type"] == "image" else part for part in last["content"]],
+        )
 
     def messages(self) -> list[dict[str, Any]]:
         """Return the conversation up to and including this question; pictures lie in their parts."""
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        parts: list[dict[str, Any]] = [{"type": "image", "image": image} for image in self.images]
-        return [
-            *system,
-            *map(dict, self.history),
-            {"role": "user", "content": [*parts, {"type": "text", "text": self.text}]},
-        ]
+        system = [] if self.system is None else [{"role": "system", "content": _as_parts(self.system)}]
+        images = [{"type": "image", "image": image} for image in self.images]
+        if self.parts:
+            remaining = iter(images)
+            content = [next(remaining) if part["type"] == "image" else dict(part) for part in self.parts]
+        else:
+            content = [*images, {"type": "text", "text": self.text}]
+        history = [{**turn, "content": _as_parts(turn["content"])} for turn in self.history]
+        return [*system, *history, {"role": "user", "content": content}]
+
+    def all_images(self) -> list[ImageSource]:
+        """Return every image of the conversation, those of earlier turns first."""
+        return [part["image"] for turn in self.messages() for part in turn["content"] if part["type"] == "image"]
 
 
 @dataclass
@@ -119,10 +171,7 @@ class Answerer:
         """
         if not question.text.strip() and not question.images:
             raise DataError("the question is empty; write one, or attach a picture.")
-        messages = question.messages()
-        images = [part["image"] for turn in messages for part in _parts(turn) if part["type"] == "image"]
-        row = {"messages": messages, "images": [f"picture {number}" for number in range(1, len(images) + 1)]}
-        input_ids = encode_prompt(row, self.processor)
+        input_ids, images = encode_prompt_with_images({"messages": question.messages()}, self.processor)
         limit = self.context_length
         if limit is not None and len(input_ids) >= limit:
             raise DataError(
@@ -273,9 +322,9 @@ class _StopWhen(StoppingCriteria):
         return torch.full((input_ids.shape[0],), is_over, dtype=torch.bool, device=input_ids.device)
 
 
-def _parts(turn: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    content = turn["content"]
-    return [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+def _as_parts(content: Any) -> Any:
+    """Return a turn's content as parts: a string is text, whatever words it holds."""
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 def _stops(processor: Any, defaults: GenerationConfig) -> list[int]:

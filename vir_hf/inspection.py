@@ -7,31 +7,18 @@ import dataclasses
 import io
 import os
 from collections.abc import Sequence
-from html import escape
 from typing import Any
 
 import torch
 from PIL import Image
 from rich.text import Text
 
-from vir_hf import html_pages as html
+from vir_hf import html_pages
 from vir_hf.conversations import encode_row
 from vir_hf.errors import DataError
 from vir_hf.images import open_image
 from vir_hf.preprocessing import ImagePreprocessor
 from vir_hf.terminal import printable
-
-_STYLE = """
-.row { display: grid; grid-template-columns: minmax(0, 300px) minmax(0, 1fr); gap: 18px; }
-.row.text { grid-template-columns: minmax(0, 1fr); }
-.row img { width: 100%; border-radius: 6px; display: block; margin-bottom: 8px; }
-.row .facts { color: var(--soft); font-size: 13px; margin: 0 0 10px; overflow-wrap: anywhere; }
-.tokens { white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.7 ui-monospace, monospace; }
-.learned { background: var(--good-back); color: var(--good); border-radius: 3px; padding: 1px 0; }
-.picture { background: var(--odd-back); color: var(--odd); border-radius: 4px; padding: 1px 6px; white-space: nowrap; }
-.id { font-size: 10px; color: var(--soft); vertical-align: sub; margin: 0 3px 0 1px; }
-@media (max-width: 760px) { .row { grid-template-columns: minmax(0, 1fr); } }
-"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,46 +157,47 @@ def as_terminal_text(row: InspectedRow, with_ids: bool = False) -> Text:
 
 
 def as_page(rows: Sequence[InspectedRow], processor: Any, lead: str, with_ids: bool = False) -> str:
-    """Return rows as one self-contained HTML page, each with its pictures as the vision tower sees them."""
+    """Return rows as one self-contained HTML page, each with its images as the vision tower sees them.
+
+    Args:
+        rows: what `inspect_row` returned.
+        processor: its `image_processor` says how the tower gets an image; without one, images are shown as they are.
+        lead: the line below the title.
+        with_ids: put each token's id behind it.
+    """
     preprocess = None
     if getattr(processor, "image_processor", None) is not None:
         preprocess = ImagePreprocessor(processor.image_processor)
-    cards = []
-    for row in rows:
-        pictures = [_picture(image, preprocess) for image in row.images]
-        tokens = "".join(_span_as_html(span, with_ids) for span in row.spans)
-        left = f"<div>{''.join(pictures)}</div>" if pictures else ""
-        right = html.element("div", row.title, "facts") + f'<div class="tokens">{tokens}</div>'
-        cards.append(
-            f'<div class="card"><div class="row{"" if pictures else " text"}">{left}<div>{right}</div></div></div>'
-        )
-    legend = '<p class="note"><span class="learned">learned</span> tokens have labels; the others are only read. '
-    legend += (
-        "Pictures are as they lie in their files: a tokenizer alone does not say how the vision tower gets them.</p>"
+    about_images = (
+        "Images are as they lie in their files: a tokenizer alone does not say how the vision tower gets them."
         if preprocess is None
-        else "Pictures are what the vision tower gets, with the normalisation taken back.</p>"
+        else "Images are what the vision tower gets, with the normalisation taken back."
     )
-    return html.page("Rows as the model sees them", lead, legend + "".join(cards), style=_STYLE)
+    shown = [
+        {
+            "title": row.title,
+            "images": [_shown_image(image, preprocess) for image in row.images],
+            "spans": [{"sort": s.sort, "text": s.text, "pieces": _shown_pieces(s, with_ids)} for s in row.spans],
+        }
+        for row in rows
+    ]
+    title = "Rows as the model sees them"
+    return html_pages.render("rows.html", title=title, lead=lead, foot="", about_images=about_images, rows=shown)
 
 
-def _span_as_html(span: Span, with_ids: bool) -> str:
-    if span.sort == "image":
-        return html.element("span", span.text, "picture")
-    if with_ids:
-        body = "".join(
-            f'{_visible(piece)}<span class="id">{token}</span>'
-            for piece, token in zip(span.pieces, span.ids, strict=True)
-        )
-    else:
-        body = _visible(span.text)
-    return f'<span class="learned">{body}</span>' if span.sort == "learned" else body
+def _shown_pieces(span: Span, with_ids: bool) -> list[tuple[str, int | None]]:
+    """Return (text, token id) of a span's tokens, or the whole text and no id."""
+    if not with_ids:
+        return [(_visible(span.text), None)]
+    return [(_visible(piece), token) for piece, token in zip(span.pieces, span.ids, strict=False)]
 
 
 def _visible(text: str) -> str:
-    return escape(text).replace("\n", "\u21b5\n")
+    return text.replace("\n", "\u21b5\n")
 
 
-def _picture(image: Any, preprocess: ImagePreprocessor | None) -> str:
+def _shown_image(image: Any, preprocess: ImagePreprocessor | None) -> dict[str, str]:
+    """Return an image as base64 and its label, or why it cannot be shown."""
     name = os.path.basename(image.get("path") or "embedded image") if isinstance(image, dict) else str(image)
     try:
         if preprocess is None:
@@ -218,12 +206,11 @@ def _picture(image: Any, preprocess: ImagePreprocessor | None) -> str:
         else:
             shown = denormalise(preprocess(image), preprocess.image_processor)
     except DataError as error:
-        return html.element("p", str(error), "facts bad")
+        return {"error": str(error)}
     buffer = io.BytesIO()
     shown.save(buffer, "JPEG", quality=88)
-    data = base64.b64encode(buffer.getvalue()).decode()
     label = name if preprocess is None else f"{shown.width}x{shown.height} pixels, {name}"
-    return f'<img alt="" src="data:image/jpeg;base64,{data}">{html.element("p", label, "facts")}'
+    return {"error": "", "data": base64.b64encode(buffer.getvalue()).decode(), "label": label}
 
 
 def denormalise(pixel_values: torch.Tensor, image_processor: Any) -> Image.Image:

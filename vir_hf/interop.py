@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from vir_hf.errors import RecipeError
+from vir_hf.files import writing
 
 if TYPE_CHECKING:
     from torch import nn
@@ -128,11 +129,10 @@ def extract_projector(folder: Path) -> None:
 
 
 def _write(state: dict[str, torch.Tensor], folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / PROJECTOR_FILE
-    save_file(
-        {name: value.detach().cpu().contiguous() for name, value in state.items()}, path, metadata={"format": "pt"}
-    )
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    with writing(path) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
     return path
 
 

@@ -172,7 +172,10 @@ class _Kept:
     def pack(self, tensor: torch.Tensor) -> torch.Tensor | _View:
         if self._offered is not None:
             offered, forgotten = self._offered
-            if tensor.dtype == offered.dtype and tensor.untyped_storage()._cdata == offered.untyped_storage()._cdata:
+            if (
+                tensor.dtype == offered.dtype
+                and tensor.untyped_storage().data_ptr() == offered.untyped_storage().data_ptr()
+            ):
                 forgotten.readers += 1
                 return _View(forgotten, tensor.size(), tensor.stride(), tensor.storage_offset())
         return tensor.detach()

@@ -6,7 +6,6 @@ import contextlib
 import json
 import logging
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from transformers import (
 )
 from transformers.image_processing_utils import BaseImageProcessor
 
+from vir_hf import files
 from vir_hf.adapters import BASE_FOLDER, adapter_folder, base_of, folders_of_run
 from vir_hf.conversations import encode_row
 from vir_hf.errors import RecipeError
@@ -389,19 +389,17 @@ def keep_base(
     if recipe.model.name_or_path and not is_changed and not is_own:
         return
     if is_main_process and not is_own:
-        temporary = folder.with_name(f".{BASE_FOLDER}.partial")
-        shutil.rmtree(temporary, ignore_errors=True)
+        output = files.OutputFolder(folder.parent)
+        temporary = output.stage(BASE_FOLDER)
         if source is not None and source.is_dir() and not is_changed:
             _link_files(source, temporary)  # the base of the run this one goes on from, without a second copy
         else:
             with rounded_to(model, model.dtype):
                 model.save_pretrained(temporary)
             processor.save_pretrained(temporary)
-        (temporary / MADE_FROM).write_text(json.dumps(made_from(recipe), indent=2) + "\n", encoding="utf-8")
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(temporary, folder)
-    model.name_or_path = model.config._name_or_path = str(folder.resolve())
+        files.write_json(temporary / MADE_FROM, made_from(recipe))
+        output.replace_folder(BASE_FOLDER, temporary)
+    model.name_or_path = model.config.name_or_path = str(folder.resolve())
 
 
 @contextlib.contextmanager
@@ -425,13 +423,9 @@ def rounded_to(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 def _link_files(source: Path, target: Path) -> None:
-    target.mkdir(parents=True)
     for path in source.iterdir():
-        if path.is_file() and path.name != MADE_FROM:
-            try:
-                os.link(path.resolve(), target / path.name)
-            except OSError:  # another file system, or one without links
-                shutil.copy2(path, target / path.name)
+        if path.is_file() and path.name not in (MADE_FROM, files.RECORD):
+            files.link_or_copy(path, target / path.name)
 
 
 def load_processor(
@@ -539,7 +533,7 @@ def processor_place(folder: Path, otherwise: str) -> str:
 
 
 def _name_of(part: str | PreTrainedModel, wanted: str) -> str:
-    name = part if isinstance(part, str) else part.config._name_or_path
+    name = part if isinstance(part, str) else part.config.name_or_path
     if not name:
         raise RecipeError(
             f"pass {wanted}=...: a model that was not loaded from a name does not say which one is its own."
@@ -548,7 +542,7 @@ def _name_of(part: str | PreTrainedModel, wanted: str) -> str:
 
 
 def _shown(part: str | PreTrainedModel) -> str:
-    return part if isinstance(part, str) else part.config._name_or_path or type(part).__name__
+    return part if isinstance(part, str) else part.config.name_or_path or type(part).__name__
 
 
 def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -7,7 +7,6 @@ import ctypes
 import json
 import logging
 import os
-import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
+from vir_hf import files
 from vir_hf.adapters import BASE_FOLDER, adapter_folder
 from vir_hf.errors import RecipeError
 from vir_hf.fingerprint import fingerprint_of, read_record
@@ -93,16 +93,9 @@ def merge_run(
     quantized = _take_quantized_layers(plain)
     saved_dtype, num_parameters = plain.dtype, sum(parameter.numel() for parameter in plain.parameters())
     model = _put_adapter(plain, adapter, quantized)
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with files.folder_in_one_piece(target) as partial:
         _save_merged(model, partial, quantized)
         processor.save_pretrained(partial)
-        if target.exists():
-            target.rmdir()
-        os.replace(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return Merged(
         out=target,
         base=base_name,
@@ -213,19 +206,17 @@ class _Shards:
             name = "model.safetensors"
             if len(self._parts) > 1:
                 name = f"model-{number:05d}-of-{len(self._parts):05d}.safetensors"
-            os.replace(part / "model.safetensors", self._folder / name)
+            os.replace(part / "model.safetensors", self._folder / name)  # both of them ours, and not yet seen
             with safe_open(self._folder / name, "pt") as file:
                 index |= dict.fromkeys(file.keys(), name)
             num_bytes += (self._folder / name).stat().st_size
             if number == len(self._parts):
                 for path in part.iterdir():
                     os.replace(path, self._folder / path.name)
-            shutil.rmtree(part)
+            files.remove_folder(part, lambda folder: True)
         if len(self._parts) > 1:
             listing = {"metadata": {"total_size": num_bytes}, "weight_map": index}
-            (self._folder / "model.safetensors.index.json").write_text(
-                json.dumps(listing, indent=2) + "\n", encoding="utf-8"
-            )
+            files.write_json(self._folder / "model.safetensors.index.json", listing)
 
 
 def _give_memory_back() -> None:
@@ -297,9 +288,12 @@ def merged_base(recipe: Recipe, together: Callable[[Callable[[], Any]], Any], *,
         marker = folder / MADE_FROM
         if marker.is_file() and json.loads(marker.read_text(encoding="utf-8")) == made_from(recipe):
             return
-        shutil.rmtree(folder, ignore_errors=True)
-        merge_run(name, folder, revision=recipe.model.revision)
-        marker.write_text(json.dumps(made_from(recipe), indent=2) + "\n", encoding="utf-8")
+        output = files.OutputFolder(folder.parent)
+        staging = output.stage(BASE_FOLDER)
+        merge_run(name, staging / "merged", revision=recipe.model.revision)
+        files.take_out(staging / "merged", staging)
+        files.write_json(staging / MADE_FROM, made_from(recipe))
+        output.replace_folder(BASE_FOLDER, staging)
         logger.info("%s: an adapter; merged into %s, and training goes on from there", name, folder)
 
     together(merge if is_main_process else lambda: None)

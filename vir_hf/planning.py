@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -12,6 +13,7 @@ from accelerate import PartialState
 import vir_hf
 from vir_hf.conversations import encode_row
 from vir_hf.errors import DataError, RecipeError
+from vir_hf.identity import picture_identity
 from vir_hf.llava.processing_llava import LlavaProcessor
 from vir_hf.rows import MIXTURE, BadRow, BadRowPolicy
 from vir_hf.sampling import RowSize, StepSampler
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 # Below this many rows one process measures them sooner than several start.
 _ROWS_PER_PROCESS = 20_000
 # Part of the cache's name: raised when what is measured, or how rows are encoded, changes.
-_MEASURE_VERSION = 2
+_MEASURE_VERSION = 3
 
 
 def plan_steps(
@@ -50,11 +52,27 @@ def plan_steps(
         seed=training.seed if training.data_seed is None else training.data_seed,
         group_by="image" if training.group_by_image else None,
         balance_tokens=training.balance_tokens,
-        tokens_per_image=processor.num_image_tokens
-        if training.padding_free and training.share_prefixes is not False
-        else 0,
+        tokens_per_image=processor.num_image_tokens if shares_prefixes(recipe) else 0,
         drop_last=bool(training.dataloader_drop_last),
     )
+
+
+def shares_prefixes(recipe: Recipe) -> bool:
+    """Whether rows of one micro-batch that begin with the same picture keep its tokens once."""
+    return bool(recipe.training.padding_free and recipe.training.share_prefixes is not False)
+
+
+def size_of_row(row: dict[str, Any], processor: LlavaProcessor, max_length: int | None) -> RowSize:
+    """Return what planning needs to know of a row, pictures undecoded; no picture is opened.
+
+    Raises:
+        DataError: the row cannot be encoded.
+    """
+    encoding = encode_row(row, processor, max_length=max_length)
+    images = row["images"] or []
+    num_images = encoding.get("num_images", len(images))  # what is left where turns were cut off
+    key = picture_identity(images[0]) if num_images else None
+    return RowSize(len(encoding["input_ids"]), num_images, key if isinstance(key, str) else None)
 
 
 def global_batch_size(recipe: Recipe, world_size: int) -> int:
@@ -102,14 +120,10 @@ def measure_rows(
     max_length = recipe.training.max_length
 
     def measure(row: dict[str, Any]) -> dict[str, Any]:
-        first = row["images"][0] if row["images"] else None
-        size = {"image_key": None if first is None else _image_key(first), "reason": None}
         try:
-            encoding = encode_row(row, processor, max_length=max_length)
+            return {**dataclasses.asdict(size_of_row(row, processor, max_length)), "reason": None}
         except DataError as error:
-            return {"num_tokens": 0, "num_images": 0, **size, "reason": str(error)}
-        num_images = encoding.get("num_images", len(row["images"]))
-        return {"num_tokens": len(encoding["input_ids"]), "num_images": num_images, **size}
+            return {**dataclasses.asdict(RowSize(0)), "reason": str(error)}
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     num_proc = min(cores, len(rows) // _ROWS_PER_PROCESS)
@@ -134,10 +148,6 @@ def measure_rows(
         rows, measured = rows.select(good), measured.select(good)
     columns = [measured[name] for name in ("num_tokens", "num_images", "image_key")]
     return rows, [RowSize(*values) for values in zip(*columns, strict=True)]
-
-
-def _image_key(image: dict[str, Any]) -> str:
-    return image.get("path") or hashlib.blake2b(image["bytes"], digest_size=16).hexdigest()
 
 
 def _fingerprint(rows: Dataset, processor: LlavaProcessor, max_length: int | None) -> str:

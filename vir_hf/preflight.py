@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import shutil
 import socket
 import tempfile
 import uuid
@@ -14,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vir_hf import checkpoints, resume
+from vir_hf import checkpoints, files, resume
 from vir_hf.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -53,14 +51,9 @@ def check_output_dir(output_dir: Path) -> None:
     """Raise unless a file can be written, synced and renamed in the output directory."""
     probe = output_dir / f".probe-{uuid.uuid4().hex}"
     try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        checkpoints.write_synced(probe, "probe")
-        renamed = probe.with_suffix(".renamed")
-        os.replace(probe, renamed)
-        renamed.unlink()
+        files.write_text(probe, "probe", durable=True)
+        files.discard(probe)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            probe.unlink()
         raise RecipeError(
             f"training.output_dir={output_dir}: nothing can be written there ({error.strerror or error}). Name a folder on a "
             "writable disk with space, or change its permissions."
@@ -254,7 +247,7 @@ def _try_backward(trainer: LlavaTrainer) -> None:
 
 def _try_saving(trainer: LlavaTrainer) -> None:
     """The small files of a checkpoint: configs, processor and recipe; the weights of an adapter too."""
-    staging = checkpoints.stage(Path(trainer.args.output_dir), "final")
+    staging = files.new_folder(Path(trainer.args.output_dir) / ".final.partial")
     try:
         model = trainer.accelerator.unwrap_model(trainer.model)
         if hasattr(model, "peft_config"):
@@ -270,4 +263,4 @@ def _try_saving(trainer: LlavaTrainer) -> None:
             "fail at its first checkpoint. Mend this first."
         ) from error
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        files.remove_folder(staging)

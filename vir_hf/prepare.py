@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import http.client
 import io
@@ -20,14 +19,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from vir_hf.errors import DataError, ImageError
+from vir_hf.errors import DataError, ImageError, RecipeError
+from vir_hf.files import OutputFolder, is_same_file, link_or_copy, write_bytes
 from vir_hf.image_folder import MAX_DOWNLOAD_BYTES, ImageFolder, is_url, read_bytes, split_place
 from vir_hf.images import decode_image
-from vir_hf.json_files import write_json
 from vir_hf.row_files import read_rows
 
 logger = logging.getLogger(__name__)
 
+ROWS, FAILED = "rows.json", "failed.json"
 COCO_URL = "http://images.cocodataset.org"
 _COCO = re.compile(
     r"(?:(?P<folder>(?:train|val|test)20\d\d)/)?(?:COCO_(?P<prefix>(?:train|val|test)20\d\d)_)?\d{12}\.jpg\Z"
@@ -80,6 +80,7 @@ def prepare_data(
     seed: int = 0,
     match: str | None = None,
     fetching: Fetching | None = None,
+    overwrite: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Prepared:
     """Write `out/rows.json` and `out/images/`, and return what was done.
@@ -91,8 +92,10 @@ def prepare_data(
         source: a LLaVA JSON, JSON Lines or Parquet file of references.
         num_rows: how many rows to draw with `seed`; all by default. Their order stays.
         match: only rows with an image whose reference contains this.
+        overwrite: let the new `rows.json` and `failed.json` take the place of ones that are not ours, or were changed.
 
     Raises:
+        RecipeError: the source would be written over, or a file that is not ours.
         DataError: the source cannot be read, the image folder does not exist, or no row is left.
     """
     fetching = fetching or Fetching()
@@ -101,12 +104,14 @@ def prepare_data(
     folder = None
     if fetching.mode != "download":
         folder = ImageFolder(fetching.image_folder or os.path.dirname(os.path.abspath(source)))
+    check_place(source, out, overwrite=overwrite)
     rows = list(choose_rows(source, num_rows, seed, match))
     if not rows:
         raise DataError(
             f"{source}: no row{' with ' + repr(match) + ' in its image' if match else ''}; nothing to prepare."
         )
     out = Path(out)
+    output = OutputFolder(out)
     images = out / "images"
     try:
         images.mkdir(parents=True, exist_ok=True)
@@ -118,14 +123,33 @@ def prepare_data(
     for row in rows:
         for reference in references_of(row):
             users.setdefault(reference, []).append(str(row.get("id", "")))
-    prepared = Prepared(out / "rows.json", num_images=len(users))
+    prepared = Prepared(out / ROWS, num_images=len(users))
     reasons = _fetch_all(list(users), images, folder, fetching, prepared, progress)
     prepared.failed = [{"image": name, "reason": reason, "rows": users[name]} for name, reason in reasons.items()]
     sound = [with_local_names(row) for row in rows if not any(name in reasons for name in references_of(row))]
     prepared.num_rows, prepared.num_left_out = len(sound), len(rows) - len(sound)
-    write_json(out / "failed.json", prepared.failed, indent=1, ensure_ascii=True)
-    write_json(prepared.rows_file, sound, indent=1, ensure_ascii=True)
+    output.write_json(FAILED, prepared.failed, indent=1, ensure_ascii=True)
+    output.write_json(ROWS, sound, indent=1, ensure_ascii=True)
     return prepared
+
+
+def check_place(source: str, out: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    """Raise before the work begins if what is written would take the place of the source or of somebody's file.
+
+    Raises:
+        RecipeError: which file, and what to do.
+    """
+    output = OutputFolder(out)
+    names = (ROWS, FAILED)
+    for name in names:
+        if is_same_file(output.path / name, source):
+            raise RecipeError(
+                f"{output.path}: its {name} is the source, which would be written over. Name another folder."
+            )
+    if overwrite:
+        output.adopt(names)
+    remedy = "Name another folder, or add --overwrite to replace it."
+    output.refuse_foreign(names, str(output.path), remedy)
 
 
 def choose_rows(source: str, num_rows: int | None, seed: int, match: str | None = None) -> Iterator[dict[str, Any]]:
@@ -209,22 +233,22 @@ def _fetch_all(
 def _fetch_one(reference: str, images: Path, folder: ImageFolder | None, fetching: Fetching) -> bool:
     """Put one picture in its place; False when it is there already. It gets its name only when it has been decoded."""
     target = images / local_name(reference)
-    if target.exists():
-        return False
-    target.parent.mkdir(parents=True, exist_ok=True)
     if folder is None:
-        data = _download(reference, fetching)
+        if not target.exists():
+            write_bytes(target, _download(reference, fetching))
+            return True
+        return False
+    place = folder.locate(reference)
+    data = read_bytes(place)
+    if target.exists():
+        if target.read_bytes() != data:
+            raise ImageError("image_missing", f"{target}: is there already, and another picture than {reference}.")
+        return False
+    decode_image(data, reference)
+    if fetching.mode == "link" and not split_place(place):
+        link_or_copy(place, target)
     else:
-        place = folder.locate(reference)
-        data = read_bytes(place)
-        decode_image(data, reference)
-        if fetching.mode == "link" and not split_place(place):
-            with contextlib.suppress(OSError):  # another file system, or one without links: copy
-                os.link(os.path.realpath(place), target)
-                return True
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.incomplete")
-    temporary.write_bytes(data)
-    os.replace(temporary, target)
+        write_bytes(target, data)
     return True
 
 

@@ -5,19 +5,27 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from vir_hf.conversations import to_messages
+from vir_hf.conversations import last_question, to_messages
 from vir_hf.errors import DataError
+from vir_hf.files import cut_to
 from vir_hf.image_folder import ImageFolder
 from vir_hf.images import ImageSource, open_image, read_image_header
 from vir_hf.inference import Question
 from vir_hf.scoring import is_empty
+
+# The beginning of a line that `vir-hf answer` was writing when it was killed.
+_CUT_ANSWER = re.compile(
+    rb'\{"id": "(?:[^"\\]|\\.)*(?:\\|"(?:,|, |, "a?n?s?w?e?r?|, "answer"(?::|: |: ".*)?)?)?', re.DOTALL
+)
 
 
 def read_questions(path: Path) -> list[dict[str, Any]]:
@@ -59,18 +67,21 @@ def json_value(text: str, where: str | Path) -> Any:
 
 
 def look_at_picture(source: ImageSource, folder: str | ImageFolder) -> ImageSource:
-    """Return the source of a picture whose file is there, whole by its header and end; nothing of it is kept.
+    """Return the place or the content of an image that is whole by its header and end; nothing is decoded or kept.
 
     Raises:
         ImageError: as `open_image`.
     """
     if isinstance(source, Image.Image):
         return source
+    if isinstance(source, dict) and source.get("bytes") is None and source.get("path"):
+        source = source["path"]
     if isinstance(source, (str, os.PathLike)):
         images = folder if isinstance(folder, ImageFolder) else ImageFolder(folder)
-        read_image_header(images.locate(os.fspath(source)))
-    else:
-        read_image_header(source)
+        place = images.locate(os.fspath(source))
+        read_image_header(place)
+        return place
+    read_image_header(source)
     return source
 
 
@@ -83,8 +94,10 @@ def row_question(
 ) -> Question:
     """Return what a row asks: its `question` (or `text`), or the last human turn of a LLaVA row after the turns before it.
 
+    The prompt is the one that training reads before the answer to that turn; `system` replaces the row's system prompt.
+
     Args:
-        open_picture: makes the question's pictures of the row's; `look_at_picture` to find broken ones without decoding.
+        open_picture: makes the question's images of the row's; `look_at_picture` to find broken ones without decoding.
 
     Raises:
         DataError: no question in the row, or a picture outside the folder.
@@ -93,31 +106,13 @@ def row_question(
         text = row.get("question", row.get("text"))
         if not isinstance(text, str):
             raise DataError("the row has neither 'question' nor 'conversations'.")
-        row = {"id": row["id"], "images": row.get("images", row.get("image")), "conversations": [("human", text)]}
-        row["conversations"] = [{"from": role, "value": value} for role, value in row["conversations"]]
+        row = {**row, "conversations": [{"from": "human", "value": text}]}
     given = to_messages(row)
-    images = iter([open_picture(image, folder) for image in given["images"]])
-    turns = [
-        {
-            **turn,
-            "content": [
-                {**part, "image": next(images)} if part["type"] == "image" else part for part in turn["content"]
-            ],
-        }
-        for turn in given["messages"]
-    ]
-    while turns and turns[-1]["role"] != "user":
-        turns.pop()
-    if not turns:
-        raise DataError("the row asks nothing: no turn is the human's.")
-    last = turns.pop()
-    own = [turn for turn in turns if turn["role"] == "system"]
-    return Question(
-        text="".join(part["text"] for part in last["content"] if part["type"] == "text"),
-        images=[part["image"] for part in last["content"] if part["type"] == "image"],
-        system=system or ("".join(part["text"] for part in own[0]["content"]) if own else None),
-        history=[turn for turn in turns if turn["role"] != "system"],
-    )
+    messages = last_question(given["messages"])
+    num_images = sum(part["type"] == "image" for message in messages for part in message["content"])
+    images = [open_picture(image, folder) for image in given["images"][:num_images]]
+    question = Question.of_messages(messages, images)
+    return question if system is None else replace(question, system=system)
 
 
 def answered_ids(output: Path) -> set[str]:
@@ -129,18 +124,22 @@ def answered_ids(output: Path) -> set[str]:
     if not output.exists():
         return set()
     data = output.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        with output.open("r+b") as file:
-            file.truncate(len(whole))
+    whole, cut = data[: data.rfind(b"\n") + 1], data[data.rfind(b"\n") + 1 :]
     ids = set()
     for number, line in enumerate(whole.decode("utf-8").splitlines(), 1):
         try:
-            ids.add(str(json.loads(line)["id"]))
+            row = json.loads(line)
+            if set(row) != {"id", "answer"}:
+                raise KeyError("answer")
+            ids.add(str(row["id"]))
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise DataError(
                 f"{output} line {number}: is no answer; name another --output, or move this file."
             ) from error
+    if cut and not (_CUT_ANSWER.fullmatch(cut) or b'{"id": "'.startswith(cut)):
+        raise DataError(f"{output}: its last line is no answer; name another --output, or move this file.")
+    if cut:
+        cut_to(output, len(whole))
     return ids
 
 

@@ -19,7 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from vir_hf import recipe_files, recipe_keys, recipe_rules, upstream
+from vir_hf import files, recipe_files, recipe_keys, recipe_rules, upstream
 from vir_hf.errors import RecipeError
 
 
@@ -108,6 +108,7 @@ class TrainingSection:
     max_tokens_per_batch: int | None = None
     feature_cache: str | bool | None = None
     resume: str | None = None
+    overwrite_output_dir: bool = False
     on_bad_numbers: Literal["raise", "skip"] = "raise"
     max_skipped_steps: int = 10
     on_out_of_memory: Literal["raise", "split"] = "raise"
@@ -202,11 +203,7 @@ class Recipe:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `to_yaml()` to a file, whole or not at all."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-        temporary.write_text(self.to_yaml(), encoding="utf-8")
-        os.replace(temporary, target)
+        files.write_text(path, self.to_yaml())
 
 
 class RecipeArgumentParser(argparse.ArgumentParser):

@@ -11,10 +11,12 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 import yaml
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
@@ -22,7 +24,12 @@ from safetensors.torch import load_file, save_file
 from torch import distributed, nn
 
 from vir_hf import checkpoints
-from vir_hf.errors import RecipeError, RunError
+from vir_hf.archives import open_archive
+from vir_hf.errors import DataError, RecipeError, RunError
+from vir_hf.files import writing
+from vir_hf.identity import CONTENT, Folders, picture_identities
+from vir_hf.image_folder import split_place
+from vir_hf.row_cache import flat_batches
 
 if TYPE_CHECKING:
     from vir_hf.recipe import Recipe
@@ -49,6 +56,7 @@ _FREE = (
     "data.check",
     "training.output_dir",
     "training.resume",
+    "training.overwrite_output_dir",
     "training.run_name",
     "training.project",
     "training.on_bad_numbers",
@@ -145,18 +153,17 @@ def choose(recipe: Recipe, *, is_main: bool) -> ResumePoint | None:
 def _choose(recipe: Recipe) -> ResumePoint | None:
     wanted = recipe.training.resume
     output_dir = Path(recipe.training.output_dir)
+    # A weights file that was cut short is made anew, and what is left of it kept under another name.
+    output = checkpoints.run_folder(output_dir)
+    was_finished = wanted == "auto" and output.owns(checkpoints.METRICS)
+    damaged = checkpoints.damaged_weights(output_dir) if was_finished else None
+    output.refuse_foreign(
+        [name for name in checkpoints.OUTPUTS if name != damaged],
+        f"training.output_dir={output_dir}",
+        "Move it away, or name another training.output_dir.",
+    )
     if wanted is None:
-        found = checkpoints.list_checkpoints(output_dir)
-        if found:
-            raise RecipeError(
-                f"training.output_dir={output_dir}: holds {found[0].path.name} of an earlier run. Add --resume "
-                "(training.resume=auto) to go on from it, or name another training.output_dir, or delete it."
-            )
-        if recipe.training.arguments.get("save_strategy") != "no" and _has_finished(output_dir):
-            raise RecipeError(
-                f"training.output_dir={output_dir}: holds the model of a finished run, which this one would replace. Name "
-                "another training.output_dir, or delete it; --resume (training.resume=auto) leaves a finished run as it is."
-            )
+        _refuse_to_replace(recipe, output_dir)
         checkpoints.remove_leftovers(output_dir)
         return None
     for name in checkpoints.remove_leftovers(output_dir):
@@ -171,6 +178,8 @@ def _choose(recipe: Recipe) -> ResumePoint | None:
                     f"training.resume=auto: no checkpoint in {output_dir} is whole ({passed_over[0].path.name}: "
                     f"{passed_over[0].reason}). Delete them to begin again, or name another training.output_dir."
                 )
+            if damaged is None:  # else it is made anew
+                _refuse_to_replace(recipe, output_dir)
             logger.warning("training.resume=auto: no checkpoint in %s, beginning at the start", output_dir)
             return None
         path, step = checkpoint.path, checkpoint.step
@@ -182,18 +191,42 @@ def _choose(recipe: Recipe) -> ResumePoint | None:
                 f"training.resume={wanted}: cannot go on from it: {reason}. Name a whole checkpoint-N folder, or use "
                 "training.resume=auto for the newest whole one."
             )
+        if path.resolve().parent != output_dir.resolve():
+            _refuse_to_replace(recipe, output_dir)
         step = int(json.loads((path / POSITION).read_text(encoding="utf-8"))["step"])
     check_recipe(recipe, path / "recipe.yaml")
     position = json.loads((path / POSITION).read_text(encoding="utf-8"))
     return ResumePoint(path, step, position)
 
 
-def _has_finished(output_dir: Path) -> bool:
-    try:
-        metrics = json.loads((output_dir / "metrics.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(metrics, dict) and bool(metrics.get("is_finished"))
+def _refuse_to_replace(recipe: Recipe, output_dir: Path) -> None:
+    """Raise if an earlier run's checkpoints or model would give way and nobody has said that they may."""
+    if recipe.training.overwrite_output_dir:
+        return
+    found = checkpoints.list_checkpoints(output_dir)
+    if found:
+        raise RecipeError(
+            f"training.output_dir={output_dir}: holds {found[0].path.name} of an earlier run. Add --resume "
+            "(training.resume=auto) to go on from it, or name another training.output_dir, or delete it, or let this run replace "
+            "it (training.overwrite_output_dir=true)."
+        )
+    if checkpoints.read_metrics(output_dir):
+        raise RecipeError(
+            f"training.output_dir={output_dir}: holds the model of a finished run, which this one would replace. Name "
+            "another training.output_dir, or delete it, or let this run replace it (training.overwrite_output_dir=true); "
+            "--resume (training.resume=auto) leaves a finished run as it is."
+        )
+
+
+def let_go_of_earlier_run(recipe: Recipe, point: ResumePoint | None) -> None:
+    """Remove what says that an earlier run in the output directory is whole, and its checkpoints: this one takes its place.
+
+    Its model stays until this run's own is saved. Nothing is removed when a run goes on, or before all was checked.
+    """
+    output_dir = Path(recipe.training.output_dir)
+    if point is None or point.path.resolve().parent != output_dir.resolve():
+        checkpoints.run_folder(output_dir).remove(checkpoints.METRICS)
+        checkpoints.remove_all(output_dir)
 
 
 def is_finished(recipe: Recipe) -> dict[str, Any] | None:
@@ -205,12 +238,14 @@ def is_finished(recipe: Recipe) -> dict[str, Any] | None:
         return None
     output_dir = Path(recipe.training.output_dir)
     try:
-        metrics: dict[str, Any] = json.loads((output_dir / "metrics.json").read_text(encoding="utf-8"))
+        metrics = checkpoints.read_metrics(output_dir)
+        if not metrics:
+            return None
         changes = recipe_changes(recipe, output_dir / "recipe.yaml")
     except (OSError, ValueError, RecipeError):
         return None
     is_same = not any(_kind_of(key, recipe) == "refused" or key in _LENGTH for key in changes)
-    if not metrics.get("is_finished") or not is_same:
+    if not is_same:
         return None
     damaged = checkpoints.damaged_weights(output_dir)
     if damaged is not None:
@@ -235,6 +270,8 @@ def recipe_changes(recipe: Recipe, saved: Path) -> dict[str, tuple[Any, Any]]:
         raise RecipeError(
             f"{saved}: the checkpoint's recipe cannot be read: {error}. Use another checkpoint."
         ) from error
+    if not isinstance(before, dict) or not all(isinstance(section or {}, dict) for section in before.values()):
+        raise RecipeError(f"{saved}: is no recipe that a run has saved. Use another checkpoint.")
     now = yaml.safe_load(recipe.to_yaml())
     changes: dict[str, tuple[Any, Any]] = {}
     for section in sorted(set(before) | set(now)):
@@ -337,34 +374,54 @@ def check_identity(point: ResumePoint, identity: dict[str, Any]) -> None:
 
 
 def data_fingerprint(rows: Any) -> dict[str, Any]:
-    """Return a hash of what the rows say, and the file sizes of some pictures; `None`s for a stream."""
+    """Return a hash of what the rows say and which pictures they show, and the sizes of some files; `None`s for a stream.
+
+    Embedded pictures count by their content. Files count by name, and by which of them share a folder: data may move.
+    """
     if not hasattr(rows, "__len__"):
         return {"num_rows": None, "rows": None, "pictures": []}
-    digest = hashlib.sha256()
-    for row in _plain_rows(rows):
-        names = [os.path.basename(str(image.get("path") or "")) for image in row["images"]]
-        digest.update(json.dumps([row["id"], row["messages"], names], ensure_ascii=False).encode("utf-8", "replace"))
-    num_rows = len(rows)
-    pictures = []
-    for number in range(0, num_rows, max(1, num_rows // 64)):
-        for image in rows[number]["images"][:1]:
-            pictures.append([number, _picture_bytes(image)])
+    num_rows, digest, pictures = len(rows), hashlib.sha256(), []
+    holders: dict[str, int] = {}
+    folders = Folders()
+    for start, table in flat_batches(rows, ["id", "messages", "images"]):
+        images = table.column("images").combine_chunks()
+        names = iter([_movable_name(name, holders) for name in picture_identities(images, folders).to_pylist()])
+        sizes = iter(pc.binary_length(images.flatten().field("bytes")).to_pylist())
+        places = iter(images.flatten().field("path").to_pylist())
+        for number, (row_id, messages, count) in enumerate(
+            zip(
+                table.column("id").to_pylist(),
+                table.column("messages").to_pylist(),
+                pc.list_value_length(images).to_pylist(),
+                strict=True,
+            ),
+            start,
+        ):
+            row_names, row_sizes, row_places = (list(islice(part, count or 0)) for part in (names, sizes, places))
+            row = [row_id, messages, row_names]
+            digest.update(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace"))
+            if row_names and number % max(1, num_rows // 64) == 0:
+                pictures.append([number, _file_bytes(row_places[0]) if row_sizes[0] is None else row_sizes[0]])
     return {"num_rows": num_rows, "rows": digest.hexdigest(), "pictures": pictures}
 
 
-def _plain_rows(rows: Any) -> Iterator[dict[str, Any]]:
-    for start in range(0, len(rows), 1000):
-        columns = rows[start : start + 1000]
-        for row_id, messages, images in zip(columns["id"], columns["messages"], columns["images"], strict=True):
-            yield {"id": row_id, "messages": messages, "images": images}
+def _movable_name(identity: str | None, holders: dict[str, int]) -> str:
+    """Return an identity without where its folder or archive lies: the how manieth of those the rows name it is."""
+    if identity is None or identity.startswith(CONTENT):
+        return str(identity)
+    in_archive = split_place(identity)
+    folder, name = os.path.split(in_archive[1] if in_archive else identity)
+    holder = f"{in_archive[0]}::{folder}" if in_archive else folder
+    return f"{holders.setdefault(holder, len(holders))}/{name}"
 
 
-def _picture_bytes(image: Any) -> int | None:
-    if image.get("bytes") is not None:
-        return len(image["bytes"])
+def _file_bytes(place: str | None) -> int | None:
     try:
-        return os.path.getsize(image["path"])
-    except (OSError, TypeError, ValueError):
+        in_archive = split_place(place or "")
+        if in_archive:
+            return open_archive(in_archive[0]).members[in_archive[1]].num_bytes
+        return os.path.getsize(place or "")
+    except (DataError, KeyError, OSError, ValueError):
         return None
 
 
@@ -407,7 +464,8 @@ def save_rest(model: nn.Module, folder: Path) -> None:
         if parameter.requires_grad and parameter.data_ptr() not in held
     }
     if rest:
-        save_file(rest, folder / REST, metadata={"format": "pt"})
+        with writing(folder / REST) as temporary:
+            save_file(rest, temporary, metadata={"format": "pt"})
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:

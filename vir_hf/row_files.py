@@ -126,12 +126,13 @@ def _open_parquet(path: str) -> pq.ParquetFile:
 
 def _read_parquet_rows(path: str, part: RowRange | None) -> Iterator[tuple[int, Any]]:
     with _open_parquet(path) as file:
-        row_groups = None if part is None else list(range(part.start, part.stop))
+        row_groups = range(file.num_row_groups) if part is None else range(part.start, part.stop)
         number = 0 if part is None else part.first_row
-        for batch in file.iter_batches(batch_size=64, row_groups=row_groups):
-            for row in batch.to_pylist():
-                yield number, row
-                number += 1
+        for group in row_groups:  # one at a time: pyarrow holds all that it has read of several
+            for batch in file.iter_batches(batch_size=64, row_groups=[group]):
+                for row in batch.to_pylist():
+                    yield number, row
+                    number += 1
 
 
 def _read_json_rows(path: str, ends: array.array[int] | None = None) -> Iterator[tuple[int, Any]]:

@@ -20,14 +20,15 @@ def make_row_processor(tokenizer_name: str, template: str = "vicuna_v1", num_ima
     Raises:
         RecipeError: the tokenizer cannot be loaded, or the template is unknown.
     """
-    from vir_hf.templates import chat_template_for, prepare_tokenizer
+    from vir_hf.templates import chat_template_for, image_token_of, prepare_tokenizer
 
     tokenizer = _load(_auto("AutoTokenizer"), tokenizer_name, "--tokenizer", legacy=False)
-    prepare_tokenizer(tokenizer, template, "<image>")
+    prepare_tokenizer(tokenizer, template)
+    image_token = image_token_of(tokenizer)
     return SimpleNamespace(
         tokenizer=tokenizer,
-        image_token="<image>",
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token=image_token,
+        image_token_id=tokenizer.convert_tokens_to_ids(image_token),
         num_image_tokens=num_image_tokens,
         template=template,
         chat_template=chat_template_for(template, tokenizer),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from vir_hf import files
 from vir_hf.checkpoints import what_is_left
 from vir_hf.errors import RunError
 from vir_hf.sampling import StepDataset, StepPlan, collate
@@ -76,14 +77,16 @@ class NumberGuard:
     def _save(self, batches: Sequence[Batch], facts: dict[str, Any]) -> Path:
         """Write the batch (tensors and lists only) and what is known of it; return the first file."""
         folder = self.output_dir / "bad_numbers"
-        folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"step-{facts['step']}-rank-{facts['rank']}.pt"
+        if path.exists():  # of an earlier run
+            path = path.with_stem(f"{path.stem}-{uuid.uuid4().hex[:6]}")
         on_cpu = [
             {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
             for batch in batches
         ]
-        torch.save(on_cpu, path)
-        path.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        with files.writing(path) as temporary:
+            torch.save(on_cpu, temporary)
+        files.write_json(path.with_suffix(".json"), facts, ensure_ascii=True)
         return path
 
 

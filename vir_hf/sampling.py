@@ -23,7 +23,7 @@ class RowSize:
     Attributes:
         num_tokens: text and image tokens.
         num_images: pictures in the row.
-        image_key: the first picture's reference, `None` for a row of text alone.
+        image_key: the first picture's `picture_identity`, `None` for a row of text alone.
     """
 
     num_tokens: int
@@ -67,7 +67,7 @@ def split_into_steps(
     if group_by != "modality":
         return [order[start : start + rows_per_step] for start in range(0, len(order), rows_per_step)]
     runs = (
-        [row for row in order if sizes[row].image_key is not None],
+        [row for row in order if sizes[row].num_images],
         [row for row in order if not sizes[row].num_images],
     )
     steps, rest = [], []

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
-import shutil
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vir_hf import files
 from vir_hf.errors import RecipeError
 from vir_hf.hub import Published, check_access, check_folder, check_repo_id, upload
 from vir_hf.recipe_files import packaged_directory
@@ -47,11 +46,13 @@ def write_space(folder: Path, options: SpaceOptions) -> None:
                 f"{name!r}: a Space can only show what lies on the Hub. First: vir-hf push {name} USER/NAME"
             )
         check_repo_id(name)
-    if folder.exists() and any(folder.iterdir()):
-        raise RecipeError(f"{folder}: is not empty; name a new folder, or remove it.")
-    folder.mkdir(parents=True, exist_ok=True)
+    with files.folder_in_one_piece(folder) as staging:
+        _write_space(staging, options)
+
+
+def _write_space(folder: Path, options: SpaceOptions) -> None:
     source = packaged_directory("spaces")
-    shutil.copyfile(source / "app.py", folder / "app.py")
+    files.copy(source / "app.py", folder / "app.py")
     settings = {
         "model": options.model,
         "base": options.base,
@@ -59,13 +60,12 @@ def write_space(folder: Path, options: SpaceOptions) -> None:
         "load_in_4bit": options.load_in_4bit,
         "zero_gpu": options.zero_gpu,
     }
-    (folder / "settings.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    files.write_json(folder / "settings.json", settings)
     names = (source / "requirements.txt").read_text(encoding="utf-8").split()
     names += ["bitsandbytes"] if options.load_in_4bit else []
     pinned = [f"{name}=={installed_version(name)}" for name in sorted(names)]
-    (folder / "requirements.txt").write_text(
-        "\n".join([*pinned, *(["spaces"] if options.zero_gpu else [])]) + "\n", encoding="utf-8"
-    )
+    requirements = [*pinned, *(["spaces"] if options.zero_gpu else [])]
+    files.write_text(folder / "requirements.txt", "\n".join(requirements) + "\n")
     readme = (
         (source / "README.md")
         .read_text(encoding="utf-8")
@@ -77,13 +77,12 @@ def write_space(folder: Path, options: SpaceOptions) -> None:
             python=f"{sys.version_info.major}.{sys.version_info.minor}",
         )
     )
-    (folder / "README.md").write_text(readme, encoding="utf-8")
+    files.write_text(folder / "README.md", readme)
     package = Path(__file__).resolve().parent
     for path in package.rglob("*.py"):
         part = path.relative_to(package)
         if part.parts[0] not in ("commands", "quickstart", "recipes", "accelerate_configs", "spaces"):
-            (folder / "vir_hf" / part).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, folder / "vir_hf" / part)
+            files.copy(path, folder / "vir_hf" / part)
     check_folder(folder)
 
 

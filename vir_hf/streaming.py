@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from vir_hf.conversations import encode_row
 from vir_hf.errors import DataError, RecipeError
-from vir_hf.planning import global_batch_size
+from vir_hf.planning import global_batch_size, shares_prefixes, size_of_row
 from vir_hf.sampling import RowSize, fill
 
 if TYPE_CHECKING:
@@ -37,6 +36,7 @@ class StreamPlan:
         rows_per_step: the recipe's global batch.
         num_steps: of the whole run.
         sizes: none are known.
+        shares_prefixes: rows that begin with the same picture keep its tokens once, so that more fit a token budget.
     """
 
     rows_per_step: int
@@ -49,6 +49,7 @@ class StreamPlan:
     on_bad_row: str = "raise"
     sizes: list[RowSize] = field(default_factory=list)
     group_by: str | None = None
+    shares_prefixes: bool = True
 
     def __len__(self) -> int:
         return self.num_steps
@@ -86,6 +87,7 @@ def plan_stream(recipe: Recipe, world_size: int, rank: int) -> StreamPlan:
         else min(training.per_device_train_batch_size or 1, rows_per_step // world_size),
         max_tokens_per_batch=budget,
         on_bad_row=recipe.data.on_bad_row,
+        shares_prefixes=shares_prefixes(recipe),
     )
 
 
@@ -119,21 +121,19 @@ class StepStream(IterableDataset[list[list[dict[str, Any]]]]):
 
     def _size(self, row: dict[str, Any]) -> RowSize | None:
         try:
-            encoding = encode_row(row, self.processor, max_length=self.max_length)
+            return size_of_row(row, self.processor, self.max_length)
         except DataError as error:
             if self.plan.on_bad_row == "raise":
                 raise
             logger.warning("left out: %s", error)
             return None
-        first = row["images"][0] if row["images"] else None
-        key = None if first is None else str(first.get("path") or hash(first.get("bytes")))
-        return RowSize(len(encoding["input_ids"]), len(row["images"]), key)
 
     def _cut(self, rows: list[dict[str, Any]], sizes: list[RowSize]) -> list[list[dict[str, Any]]]:
         if self.plan.max_tokens_per_batch is None:
             size = self.plan.micro_batch_rows or 1
             return [rows[start : start + size] for start in range(0, len(rows), size)]
-        bins = fill(range(len(rows)), sizes, self.plan.max_tokens_per_batch, self.processor.num_image_tokens)
+        shared = self.processor.num_image_tokens if self.plan.shares_prefixes else 0
+        bins = fill(range(len(rows)), sizes, self.plan.max_tokens_per_batch, shared)
         return [[rows[number] for number in numbers] for numbers in bins]
 
 

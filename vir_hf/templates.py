@@ -138,7 +138,20 @@ _LLAMA_2_STYLE = ("vicuna_v1", "plain", "llama_2")
 _TURN_ENDS = {"llama_3": "<|eot_id|>", "chatml": "<|im_end|>"}
 
 
-def prepare_tokenizer(tokenizer: Any, template: str = "vicuna_v1", image_token: str = "<image>") -> Any:
+IMAGE_TOKEN = "<image>"
+
+
+def image_token_of(tokenizer: Any) -> str:
+    """Return the token that stands for an image with this tokenizer: the one it names itself, else `<image>`.
+
+    transformers' processors take `tokenizer.image_token` where there is one, whatever they are given, so nothing else can be
+    trained, saved and opened again. In the data an image is `<image>` with every tokenizer.
+    """
+    own = getattr(tokenizer, "image_token", None)
+    return str(own) if own else IMAGE_TOKEN
+
+
+def prepare_tokenizer(tokenizer: Any, template: str = "vicuna_v1", image_token: str | None = None) -> Any:
     """Return the tokenizer, changed in place so that it holds the image token and tokenises as LLaVA's did.
 
     The image token becomes one special token. For `vicuna_v1`, `plain` and `llama_2` a SentencePiece tokenizer is set to
@@ -150,6 +163,7 @@ def prepare_tokenizer(tokenizer: Any, template: str = "vicuna_v1", image_token: 
     """
     if template not in TEMPLATE_NAMES:
         raise RecipeError(f"unknown template {template!r}; expected one of {list(TEMPLATE_NAMES)}. Set model.template.")
+    image_token = image_token or image_token_of(tokenizer)
     known = tokenizer.added_tokens_encoder.get(image_token)
     if known is None or not tokenizer.added_tokens_decoder[known].special:
         tokenizer.add_tokens([image_token], special_tokens=True)
@@ -177,7 +191,7 @@ def _leave_special_tokens_bare(tokenizer: Any) -> None:
             backend.pre_tokenizer = Metaspace(steps[0]["prepend"], prepend_scheme="first", split=False)
 
 
-def chat_template_for(template: str, tokenizer: Any, image_token: str = "<image>") -> str:
+def chat_template_for(template: str, tokenizer: Any, image_token: str | None = None) -> str:
     """Return the jinja chat template to save with the processor: content parts and strings, images as `image_token`.
 
     BOS is written where the tokenizer itself begins a text with BOS. A turn is closed by the template's own token if the
@@ -186,12 +200,14 @@ def chat_template_for(template: str, tokenizer: Any, image_token: str = "<image>
     Args:
         template: `vicuna_v1`, `plain`, `llama_2`, `llama_3`, `chatml`, or `auto` for the tokenizer's own chat template.
         tokenizer: a tokenizer that holds `image_token` (see `prepare_tokenizer`).
+        image_token: by default `image_token_of(tokenizer)`.
 
     Raises:
         RecipeError: unknown template, `auto` without a chat template, no EOS token, no image token.
     """
     if template not in TEMPLATE_NAMES:
         raise RecipeError(f"unknown template {template!r}; expected one of {list(TEMPLATE_NAMES)}. Set model.template.")
+    image_token = image_token or image_token_of(tokenizer)
     if image_token not in tokenizer.added_tokens_encoder:
         raise RecipeError(
             f"the tokenizer has no special token {image_token!r}. Call prepare_tokenizer(tokenizer, {template!r}) first."

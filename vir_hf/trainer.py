@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
-import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -28,6 +26,7 @@ from trl import SFTConfig, SFTTrainer
 
 from vir_hf import checkpoints, resume
 from vir_hf.errors import RunError
+from vir_hf.files import discard, new_folder, write_json
 from vir_hf.fused_head import fuse_head
 from vir_hf.interop import extract_projector, save_projector
 from vir_hf.loading import rounded_to
@@ -44,8 +43,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 IGNORED = -100
-# What `vir-hf evaluate` wrote about the weights that a finished run replaces.
-OF_THE_MODEL_BEFORE = ("evaluation.json", "samples.json", "samples")
 # What a batch may carry beside the model's inputs.
 _NOT_FOR_THE_MODEL = ("row_ids", "masked_rows", "row_numbers")
 
@@ -121,6 +118,7 @@ class LlavaTrainer(SFTTrainer):
         self.recipe, self.identity = recipe, identity or {}
         self.seconds_before = 0.0
         self._not_yet_restored: str | None = None
+        self.saved_step = 0  # the step whose weights the model holds when training has ended
         self._start_time = time.perf_counter()
         self.supervised_positions_only = supervised_positions_only
         self._parameter_groups = parameter_groups
@@ -396,7 +394,7 @@ class LlavaTrainer(SFTTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         # A pickle of a Python object; recipe.yaml says the same.
-        (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        discard(Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write `checkpoint-N` whole or not at all; older ones go only after that.
@@ -406,6 +404,9 @@ class LlavaTrainer(SFTTrainer):
         """
         self.store_flos()
         output_dir, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        is_best = self.state.best_global_step == self.state.global_step
+        best = output_dir / name if is_best else self.best_checkpoint()
+        self.state.best_model_checkpoint = None if best is None else str(best)
         is_writer = self.args.should_save
         staging = output_dir / f".{name}.partial"
         try:
@@ -421,8 +422,6 @@ class LlavaTrainer(SFTTrainer):
                 f"{output_dir / name}: could not be written: {type(error).__name__}: {error} "
                 f"{checkpoints.what_is_left(output_dir)} Make room or mend the disk, and add --resume."
             ) from error
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(output_dir / name))
 
     def save_final(self, dtype: torch.dtype | None = None) -> None:
         """Write model (or adapter), projector, processor and recipe into the output directory; every rank must ask.
@@ -432,7 +431,7 @@ class LlavaTrainer(SFTTrainer):
         """
         output_dir = Path(self.args.output_dir)
         staging = output_dir / ".final.partial"
-        resume.together(lambda: checkpoints.stage(output_dir, "final") if self.args.should_save else None)
+        resume.together(lambda: new_folder(staging) if self.args.should_save else None)
         model = self.accelerator.unwrap_model(self.model)
         is_sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
         as_loaded = None if is_sharded or hasattr(model, "peft_config") else dtype
@@ -446,10 +445,11 @@ class LlavaTrainer(SFTTrainer):
         resume.save_rest(self.accelerator.unwrap_model(self.model), staging)
         if self.recipe is not None:
             self.recipe.save(staging / "recipe.yaml")
-        checkpoints.move_in(staging)
-        for name in OF_THE_MODEL_BEFORE:  # scores and samples of an earlier model in this folder
-            path = staging.parent / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        output, new = checkpoints.run_folder(staging.parent), {path.name for path in staging.iterdir()}
+        output.move_in(staging)
+        for name in checkpoints.of_the_model(output.names()):
+            if name not in new:  # of the model before: its scores, an adapter where this one is whole, shards
+                output.remove(name)
 
     def _begin_checkpoint(self, output_dir: Path, name: str) -> None:
         checkpoints.require_space(output_dir, self.checkpoint_bytes(), name)
@@ -476,12 +476,6 @@ class LlavaTrainer(SFTTrainer):
     def _finish_checkpoint(self, staging: Path) -> None:
         """Write what one rank writes, publish the folder, and let go of checkpoints over the limit."""
         state = self.state
-        name = staging.name.removeprefix(".").removesuffix(".partial")
-        final = staging.with_name(name)
-        if state.best_global_step and (staging.parent / f"checkpoint-{state.best_global_step}").is_dir():
-            state.best_model_checkpoint = str(staging.parent / f"checkpoint-{state.best_global_step}")
-        elif state.best_global_step == state.global_step:
-            state.best_model_checkpoint = str(final)
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, ExportableState):
                 state.stateful_callbacks[type(callback).__name__] = callback.state()
@@ -490,10 +484,10 @@ class LlavaTrainer(SFTTrainer):
         if self.recipe is not None:
             self.recipe.save(staging / "recipe.yaml")
         position = {"step": state.global_step, "epoch": state.epoch, "seed": self.step_sampler.seed, **self.identity}
-        (staging / resume.POSITION).write_text(json.dumps(position, indent=2) + "\n", encoding="utf-8")
+        write_json(staging / resume.POSITION, position, ensure_ascii=True)
         checkpoints.publish(staging, step=state.global_step)
-        best = [Path(state.best_model_checkpoint)] if state.best_model_checkpoint else []
-        checkpoints.prune(staging.parent, self.args.save_total_limit, keep=best)
+        best = self.best_checkpoint()
+        checkpoints.prune(staging.parent, self.args.save_total_limit, keep=[] if best is None else [best])
 
     def _counters(self) -> dict[str, Any]:
         """What this rank has counted and not yet logged, so that a resumed run logs the same."""
@@ -573,6 +567,50 @@ class LlavaTrainer(SFTTrainer):
             self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
         self._not_yet_restored = checkpoint
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Upstream's; a new best is saved at once where the best is wanted, also between two regular checkpoints."""
+        is_best = super()._determine_best_metric(metrics, trial)
+        if is_best and self.args.load_best_model_at_end:
+            self.control.should_save = True
+        return bool(is_best)
+
+    def best_checkpoint(self) -> Path | None:
+        """Return the checkpoint of the best step, in this run's folder or in that of the checkpoint it went on from."""
+        step = self.state.best_global_step
+        if not step:
+            return None
+        places = [Path(self.args.output_dir)]
+        if self.state.best_model_checkpoint:
+            places.append(Path(self.state.best_model_checkpoint).parent)
+        found = (place / f"checkpoint-{step}" for place in places)
+        return next((path for path in found if path.is_dir()), None)
+
+    def _load_best_model(self) -> None:
+        """Put the best checkpoint's weights into the model, those beside an adapter too."""
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._load_best_model()
+        else:
+            resume.load_weights(self.model, Path(str(self.state.best_model_checkpoint)))
+        self.saved_step = int(self.state.best_global_step)
+
+    def _choose_best(self) -> None:
+        """Say which checkpoint is the best for upstream to load, the same on every rank; warn where there is none."""
+        best, reason = self.best_checkpoint(), None
+        if self.args.should_save:
+            reason = (
+                checkpoints.damage(best) if best is not None else f"checkpoint-{self.state.best_global_step} is gone"
+            )
+            if self.state.best_global_step in (None, 0):
+                reason = f"no {self.args.metric_for_best_model} was better than none"
+        reason = resume.broadcast(reason)
+        self.state.best_model_checkpoint = None if reason or best is None else str(best)
+        if self.state.best_model_checkpoint is None:
+            logger.warning(
+                "training.load_best_model_at_end: the best weights cannot be loaded (%s); those of the last step, %d, are saved",
+                reason,
+                self.state.global_step,
+            )
+
     def _run_epoch(self, **kwargs: Any) -> None:
         """One epoch; nothing where the checkpoint already holds the last step, which upstream would exceed by one."""
         if self.state.global_step >= self.state.max_steps:
@@ -582,7 +620,14 @@ class LlavaTrainer(SFTTrainer):
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
         self._load_rng_state(self._not_yet_restored)  # of a checkpoint that holds the last step
-        return super()._finalize_training(trial, num_train_samples, start_time)
+        self.saved_step = self.state.global_step
+        if self.args.load_best_model_at_end:
+            self._choose_best()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # or upstream prunes by names alone
+        try:
+            return super()._finalize_training(trial, num_train_samples, start_time)
+        finally:
+            self.args.save_total_limit = limit
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what the run did since the last line: supervised tokens, tokens a second, waiting for data, memory."""

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import logging
 import os
 import platform
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
-from vir_hf import consolidated, engine_check, memory, preflight, resume
-from vir_hf.audit import AUDIT_FILE, audit_as_dict, audit_model, print_audit
+from vir_hf import checkpoints, consolidated, engine_check, memory, preflight, resume
+from vir_hf.audit import audit_as_dict, audit_model, print_audit
 from vir_hf.collator import LlavaDataCollator
-from vir_hf.data import load_llava_dataset, load_recipe_rows, share_of_stream
+from vir_hf.data import load_recipe_rows, share_of_stream
 from vir_hf.errors import RecipeError
 from vir_hf.features import cache_for_training
 from vir_hf.fused_lora import fuse_lora
-from vir_hf.json_files import write_json
 from vir_hf.lean_layers import make_lean
 from vir_hf.llava.processing_llava import LlavaProcessor
 from vir_hf.loading import Precision, choose_precision, describe_precision, keep_base, load_model_and_processor
@@ -33,7 +32,7 @@ from vir_hf.planning import measure_rows, plan_steps
 from vir_hf.preprocessing import ImagePreprocessor, recommended_num_workers
 from vir_hf.progress import StepLines
 from vir_hf.rows import MIXTURE, BadRow, BadRowPolicy
-from vir_hf.sampling import StepSampler
+from vir_hf.sampling import RowSize, StepSampler
 from vir_hf.signals import RunStopped, StopOnSignal
 from vir_hf.streaming import StreamPlan, plan_stream
 from vir_hf.trainable import check_trainable, make_trainable, parameter_groups
@@ -92,7 +91,9 @@ def _train(recipe: Recipe, signals: StopOnSignal, callbacks: Sequence[TrainerCal
         recipe, precision, merged_base(recipe, resume.together, is_main_process=is_main)
     )
     bad_rows: list[BadRow] = []
+    bad_eval_rows: list[BadRow] = []
     rows, sampler = rows_and_plan(recipe, processor, bad_rows, arguments.world_size, arguments.process_index)
+    eval_rows = load_eval_rows(recipe, processor, bad_eval_rows)
     check_trainable(model, recipe)
     resume.together(lambda: keep_base(model, processor, recipe, is_main_process=is_main))
     collator = make_collator(recipe, processor)
@@ -128,14 +129,14 @@ def _train(recipe: Recipe, signals: StopOnSignal, callbacks: Sequence[TrainerCal
         model=model,
         args=arguments,
         train_dataset=rows,
-        eval_dataset=load_eval_rows(recipe),
+        eval_dataset=eval_rows,
         processing_class=processor,
         data_collator=collator,
         step_sampler=sampler,
         parameter_groups=lambda wrapped: parameter_groups(wrapped, recipe),
         supervised_positions_only=recipe.training.supervised_positions_only,
         fused_head=recipe.training.fused_head,
-        recipe=recipe,
+        recipe=to_be_saved(recipe),
         identity=identity,
         callbacks=[StepLines(), signals, *callbacks],
     )
@@ -144,17 +145,26 @@ def _train(recipe: Recipe, signals: StopOnSignal, callbacks: Sequence[TrainerCal
     if is_main:
         print(engine_check.first_line(engine, sampler.rows_per_step, trainer.args.device), flush=True)
     resume.together(lambda: preflight.check_run(trainer))
+    resume.together(lambda: resume.let_go_of_earlier_run(recipe, point) if is_main else None)
     with consolidated.optimizer_starts_anew() if starts_anew else contextlib.nullcontext():
         trainer.train(resume_from_checkpoint=None if point is None else str(point.path))
     if signals.received is not None and trainer.state.global_step < trainer.state.max_steps:
         raise RunStopped(signals.received, trainer.state.global_step)
     metrics = summarise(trainer, recipe)
     metrics["skipped_rows"] = [dataclasses.asdict(bad) for bad in bad_rows]
+    metrics["skipped_eval_rows"] = [dataclasses.asdict(bad) for bad in bad_eval_rows]
     metrics["dropped_rows"] = dict(Counter(bad.kind for bad in bad_rows))  # what the model card says of them
     trainer.save_final(precision.dtype)
     if trainer.is_world_process_zero():
-        write_json(Path(arguments.output_dir) / "metrics.json", metrics)
+        checkpoints.run_folder(arguments.output_dir).write_json(checkpoints.METRICS, metrics)
     return metrics
+
+
+def to_be_saved(recipe: Recipe) -> Recipe:
+    """Return the recipe without the leave to replace an earlier run, which was given once and not for running it again."""
+    saved = copy.deepcopy(recipe)
+    saved.training.overwrite_output_dir = False
+    return saved
 
 
 def keeps_elsewhere(arguments: Any) -> bool:
@@ -168,7 +178,8 @@ def report_audit(model: Any, recipe: Recipe, precision: str) -> None:
     """Print what is loaded and what learns, and save it as `audit.json`."""
     lines = audit_model(model, recipe)
     print_audit(lines, precision)
-    write_json(Path(recipe.training.output_dir) / AUDIT_FILE, audit_as_dict(lines, precision))
+    output = checkpoints.run_folder(recipe.training.output_dir)
+    output.write_json(checkpoints.AUDIT, audit_as_dict(lines, precision))
 
 
 def rows_and_plan(
@@ -178,20 +189,40 @@ def rows_and_plan(
     rows = load_recipe_rows(recipe, bad_rows)
     if recipe.data.streaming:
         return share_of_stream(rows, rank, world_size), plan_stream(recipe, world_size, rank)
-    if recipe.data.check:
-        policy = BadRowPolicy(recipe.data.on_bad_row, recipe.data.on_bad_image, recipe.data.max_bad_fraction)
-        rows = leave_out_broken_pictures(rows, policy, recipe.data.data_path or MIXTURE, bad_rows=bad_rows)
-    rows, sizes = measure_rows(rows, processor, recipe, bad_rows)
+    rows, sizes = usable_rows(rows, recipe, processor, bad_rows)
     return rows, plan_steps(recipe, sizes, processor, world_size, rank)
 
 
-def load_eval_rows(recipe: Recipe) -> Dataset | None:
-    """Return the rows of `data.eval_path`, or `None`."""
+def usable_rows(
+    rows: Dataset, recipe: Recipe, processor: LlavaProcessor, bad_rows: list[BadRow]
+) -> tuple[Dataset, list[RowSize]]:
+    """Return the rows whose pictures open and that can be encoded, and their sizes; the others as the recipe says."""
+    if recipe.data.check:
+        policy = BadRowPolicy(recipe.data.on_bad_row, recipe.data.on_bad_image, recipe.data.max_bad_fraction)
+        rows = leave_out_broken_pictures(rows, policy, recipe.data.data_path or MIXTURE, bad_rows=bad_rows)
+    return measure_rows(rows, processor, recipe, bad_rows)
+
+
+def load_eval_rows(recipe: Recipe, processor: LlavaProcessor, bad_rows: list[BadRow]) -> Dataset | None:
+    """Return the rows of `data.eval_path`, checked and left out like training rows, or `None`.
+
+    Args:
+        bad_rows: receives the rows left out.
+    """
     if recipe.data.eval_path is None:
         return None
-    return load_llava_dataset(
-        recipe.data.eval_path, recipe.data.eval_image_folder or recipe.data.image_folder, decode_images=False
-    )
+    like_training = evaluation_recipe(recipe)
+    rows = load_recipe_rows(like_training, bad_rows)
+    return usable_rows(rows, like_training, processor, bad_rows)[0]
+
+
+def evaluation_recipe(recipe: Recipe) -> Recipe:
+    """Return the recipe with the evaluation rows where the training rows are named, so that both are read in one way."""
+    changed = copy.deepcopy(recipe)
+    changed.data.data_path, changed.data.sources = recipe.data.eval_path, None
+    changed.data.image_folder = recipe.data.eval_image_folder or recipe.data.image_folder
+    changed.data.max_rows, changed.data.streaming = None, False
+    return changed
 
 
 def make_collator(recipe: Recipe, processor: LlavaProcessor) -> LlavaDataCollator:
@@ -274,6 +305,8 @@ def summarise(trainer: LlavaTrainer, recipe: Recipe) -> dict[str, Any]:
         "stage": recipe.training.stage,
         "num_steps": trainer.state.global_step,
         "num_epochs": trainer.state.epoch,
+        "saved_step": trainer.saved_step,
+        "best": best_of(trainer),
         "final_loss": history[-1]["loss"] if history else None,
         "first_loss": history[0]["loss"] if history else None,
         "num_rows": totals.rows,
@@ -294,4 +327,17 @@ def summarise(trainer: LlavaTrainer, recipe: Recipe) -> dict[str, Any]:
             {"step": entry["step"], "loss": entry["loss"], "learning_rate": entry.get("learning_rate")}
             for entry in history
         ],
+        "evaluation_history": [
+            {"step": entry["step"], "loss": entry["eval_loss"]}
+            for entry in trainer.state.log_history
+            if "eval_loss" in entry
+        ],
     }
+
+
+def best_of(trainer: LlavaTrainer) -> dict[str, Any] | None:
+    """Return the step that evaluation found best, by which figure, and its value; `None` where nothing was compared."""
+    state = trainer.state
+    if not state.best_global_step:
+        return None
+    return {"step": state.best_global_step, "metric": trainer.args.metric_for_best_model, "value": state.best_metric}

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vir_hf import files
 from vir_hf.checkpoints import what_is_left
 
 FOLDER = ".ranks"
@@ -62,7 +63,7 @@ class RankWatch:
             self._thread.join(timeout=2 * self.beat_seconds)
             self._thread = None
             with contextlib.suppress(OSError):
-                self._path(self.rank).unlink()
+                files.discard(self._path(self.rank))
                 (self.output_dir / FOLDER).rmdir()
 
     def arrived(self, step: int) -> None:
@@ -111,9 +112,7 @@ class RankWatch:
         self._beats += 1
         sign = {"beat": self._beats, "step": self._step, "host": socket.gethostname(), "pid": os.getpid()}
         with contextlib.suppress(OSError):  # a full disk is told by what has to be written
-            temporary = self._path(self.rank).with_suffix(".tmp")
-            temporary.write_text(json.dumps(sign), encoding="utf-8")
-            os.replace(temporary, self._path(self.rank))
+            files.write_text(self._path(self.rank), json.dumps(sign))
         for rank, last in self._signs.items():
             with contextlib.suppress(OSError, ValueError):
                 content = json.loads(self._path(rank).read_text(encoding="utf-8"))

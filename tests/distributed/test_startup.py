@@ -21,7 +21,7 @@ def test_sixteen_ranks_parse_the_data_once(parts: Path, tmp_path: Path) -> None:
     readers = [rank for rank, note in enumerate(notes) if note["data_file"]]
     assert len(readers) == 1, f"ranks {readers} opened the data file"
     rows_written = [
-        rank for rank, note in enumerate(notes) if any(name.startswith("vir_hf/rows-") for name in note["written"])
+        rank for rank, note in enumerate(notes) if any(name.startswith("vir_hf/.rows-") for name in note["written"])
     ]
     assert rows_written == readers
     # The rows are written by whichever rank came first, their sizes by the node's first; nobody else writes anything.

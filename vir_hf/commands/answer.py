@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vir_hf import files
 from vir_hf.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
@@ -139,6 +140,9 @@ def _answer_file(arguments: argparse.Namespace) -> int:
     options = generation_options(arguments)
     rows = read_questions(Path(arguments.input))
     output = Path(arguments.output)
+    inputs = [name for name in (arguments.input, arguments.image_folder, arguments.model, arguments.adapter) if name]
+    # One that is there is gone on with, if it holds answers and nothing else.
+    files.refuse_output(arguments.output, "--output", inputs, overwrite=True)
     done = answered_ids(output)
     pending = [row for row in rows if row["id"] not in done]
     if done:
@@ -147,9 +151,8 @@ def _answer_file(arguments: argparse.Namespace) -> int:
     if pending:
         folder = ImageFolder(arguments.image_folder or str(Path(arguments.input).resolve().parent))  # listed once
         answerer = load_answerer(arguments)
-        output.parent.mkdir(parents=True, exist_ok=True)
         bar = tqdm(total=len(rows), initial=len(rows) - len(pending), unit="row", dynamic_ncols=True)
-        with bar, output.open("a", encoding="utf-8") as file:
+        with bar, files.appending(output) as file:
             for batch in _batches(pending, arguments.batch_size):
                 prompts, failures = _encode(answerer, batch, folder, arguments.system)
                 for failure in failures:

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from typing import Any
 
+from vir_hf import files
+from vir_hf.commands.outputs import add_overwrite, recipe_inputs, refuse_outputs
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Fill the recipe's feature cache; what is there already is kept. Returns 0."""
+    """Fill the recipe's feature cache; what is there already and whole is kept. Returns 0."""
     parser = argparse.ArgumentParser(
         prog="vir-hf data cache-features",
         description="Run the recipe's frozen vision tower over every picture once and keep its features on disk. Training "
-        "with training.feature_cache=FOLDER then opens no picture. A run cut short goes on where it stopped.",
+        "with training.feature_cache=FOLDER then opens no picture. A run cut short goes on where it stopped, and damaged "
+        "entries are made anew.",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="experiment=NAME and section.key=value")
     parser.add_argument("--recipe", help="a recipe.yaml that a run has written")
     parser.add_argument("--json", metavar="FILE", help="write the figures to a file, or - for standard output")
+    add_overwrite(parser)
     options = parser.parse_args(argv)
 
     from vir_hf.recipe import load_recipe
 
     recipe = load_recipe(options.overrides, recipe_file=options.recipe)
+    inputs = recipe_inputs(recipe, options.recipe)
+    refuse_outputs([("--json", options.json)], inputs, overwrite=options.overwrite)
     if not recipe.training.feature_cache:
         recipe.training.feature_cache = True
 
@@ -35,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     precision = choose_precision(recipe.model.dtype, use_cpu=bool(recipe.training.use_cpu))
     arguments = training_arguments(recipe, precision)
     model, processor = load_model_and_processor(recipe, precision)
-    cache = cache_for_training(recipe, model.model, processor, load_recipe_rows(recipe), arguments.device)
+    rows = load_recipe_rows(recipe)
+    cache = cache_for_training(recipe, model.model, processor, rows, arguments.device, verify=True)
     if cache is None:  # training.feature_cache is set above, so there is one
         raise RuntimeError("no cache was made")
     figures: dict[str, Any] = {
@@ -45,13 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "bytes": len(cache) * cache.bytes_per_image,
     }
     if options.json == "-":
-        print(json.dumps(figures, indent=2))
+        print(files.as_report(figures), end="")
     else:
         print(f"{len(cache)} pictures, {figures['bytes'] / 1e9:.3f} GB in {cache.folder}")
         print(f"next: vir-hf train ... training.feature_cache={cache.folder}")
     if options.json and options.json != "-":
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump(figures, file, indent=2)
+        files.write_text(options.json, files.as_report(figures))
     return 0
 
 

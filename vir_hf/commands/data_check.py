@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from vir_hf.errors import DataError, RecipeError
-from vir_hf.json_files import refuse_output
+from vir_hf import files
+from vir_hf.commands.outputs import add_overwrite, data_inputs, recipe_inputs, refuse_outputs
+from vir_hf.errors import RecipeError
 from vir_hf.terminal import printable
 
 if TYPE_CHECKING:
@@ -48,7 +47,8 @@ def main(argv: list[str]) -> int:
     written = [("--json", arguments.json), ("--html", arguments.html), ("--fix", arguments.fix)]
     if arguments.fix:
         written.append(("--fix", _dropped_name(arguments.fix)))
-    refuse_outputs(written, [target["path"]])
+    inputs = [*target["inputs"], *data_inputs(target["path"], target["image_folder"])]
+    refuse_outputs(written, inputs, overwrite=arguments.overwrite)
     with _progress_bar() as progress:
         report = check_data(
             target["path"],
@@ -64,13 +64,13 @@ def main(argv: list[str]) -> int:
     if arguments.json != "-":
         _print(report, Console())
     if arguments.json:
-        text = json.dumps(report_as_json(report, target["batch_size"]), indent=1)
+        text = files.as_report(report_as_json(report, target["batch_size"]), indent=1, ensure_ascii=True)
         if arguments.json == "-":
-            print(text)
+            print(text, end="")
         else:
-            Path(arguments.json).write_text(text + "\n", encoding="utf-8")
+            files.write_text(arguments.json, text)
     if arguments.html:
-        Path(arguments.html).write_text(report_as_html(report, target["batch_size"]), encoding="utf-8")
+        files.write_text(arguments.html, report_as_html(report, target["batch_size"]))
     if arguments.fix:
         _fix(report, arguments)
     return 1 if report.problems else 0
@@ -103,6 +103,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--html", metavar="FILE", help="write the report as one HTML page")
     parser.add_argument("--fix", metavar="OUT.json", help="write the sound rows, and OUT.dropped.json with the others")
     parser.add_argument("--num-workers", type=int, metavar="N", help="processes (all cores)")
+    add_overwrite(parser)
     arguments = parser.parse_intermixed_args(argv)
     if arguments.fix == "-":
         raise RecipeError("--fix -: needs the name of a file, since a second one is written beside it.")
@@ -112,25 +113,6 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     if arguments.max_length is not None and arguments.tokenizer is None and not is_recipe(arguments.target):
         raise RecipeError("data check: --max-length counts tokens; say whose with --tokenizer NAME, or name a recipe.")
     return arguments
-
-
-def refuse_outputs(written: Iterable[tuple[str, str | None]], data_paths: Iterable[str]) -> None:
-    """Refuse, before the work, what could not be written after it, or would replace data or another output.
-
-    Args:
-        written: options as typed and the files they name.
-        data_paths: files, directories and globs that are read.
-    """
-    from vir_hf.row_files import find_data_files
-
-    taken: list[str] = []
-    for path in data_paths:
-        with suppress(DataError):  # a Hub id, or nothing, which the reader says better
-            taken += find_data_files(path)
-    for option, name in written:
-        refuse_output(name, option, taken)
-        if name and name != "-":
-            taken.append(name)
 
 
 def is_recipe(target: list[str]) -> bool:
@@ -153,6 +135,7 @@ def _target(arguments: argparse.Namespace) -> dict[str, Any]:
         return {
             "path": arguments.target[0],
             "image_folder": arguments.image_folder,
+            "inputs": [arguments.tokenizer],
             "processor": processor,
             "max_length": arguments.max_length,
             "allow_urls": arguments.allow_urls,
@@ -175,6 +158,7 @@ def _target(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "path": recipe.data.data_path,
         "image_folder": arguments.image_folder or recipe.data.image_folder,
+        "inputs": recipe_inputs(recipe),
         "processor": load_recipe_processor(recipe),
         "max_length": arguments.max_length or recipe.training.max_length,
         "allow_urls": arguments.allow_urls or recipe.data.allow_urls,
@@ -199,7 +183,7 @@ def _progress_bar() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def _print(report: CheckReport, console: Console) -> None:
-    from vir_hf.check_report import statistics
+    from vir_hf.check_report import statistics, unread_note
     from vir_hf.checks import ERRORS
 
     num_bad, num_refused = len(report.bad_rows), len(report.untrainable_rows)
@@ -211,6 +195,8 @@ def _print(report: CheckReport, console: Console) -> None:
             f"{figures['unit']} a row: median {lengths['median']:,}, mean {lengths['mean']:,}, 99 % below {lengths['p99']:,}, "
             f"longest {lengths['max']:,}"
         )
+    if report.unread:
+        console.print(Text(printable(f"note: {unread_note(report)}")), soft_wrap=True)
     if not num_bad:
         console.print("nothing wrong was found", style="green")
         return

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
-from vir_hf.commands.data_check import is_recipe, refuse_outputs
+from vir_hf import files
+from vir_hf.commands.data_check import is_recipe
+from vir_hf.commands.outputs import add_overwrite, data_inputs, recipe_inputs, refuse_outputs
 from vir_hf.errors import DataError, RecipeError
 from vir_hf.terminal import printable
 
@@ -61,13 +61,13 @@ def main(argv: list[str]) -> int:
             console.print(as_terminal_text(row, arguments.ids), soft_wrap=True)
             console.print()
     if arguments.json:
-        text = json.dumps({"rows": [row.to_json() for row in shown], "errors": failed}, indent=1, ensure_ascii=False)
+        text = files.as_report({"rows": [row.to_json() for row in shown], "errors": failed}, indent=1)
         if arguments.json == "-":
-            print(text)
+            print(text, end="")
         else:
-            Path(arguments.json).write_text(text + "\n", encoding="utf-8")
+            files.write_text(arguments.json, text)
     if arguments.html:
-        Path(arguments.html).write_text(as_page(shown, processor, lead, arguments.ids), encoding="utf-8")
+        files.write_text(arguments.html, as_page(shown, processor, lead, arguments.ids))
     for reason in failed:
         print(f"error: {printable(reason)}", file=sys.stderr)
     return 1 if failed else 0
@@ -109,6 +109,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--ids", action="store_true", help="show the number of every token")
     parser.add_argument("--html", metavar="FILE", help="write one HTML page with the pictures as the tower sees them")
     parser.add_argument("--json", metavar="FILE", help="write the rows as JSON, - for the terminal")
+    add_overwrite(parser)
     arguments = parser.parse_intermixed_args(argv)
     if arguments.random is not None and arguments.random < 1:
         raise RecipeError(f"--random {arguments.random}: expected 1 or more.")
@@ -125,14 +126,15 @@ def _open(arguments: argparse.Namespace) -> tuple[Any, Any, int | None, str, dic
         from vir_hf.recipe import load_recipe
 
         recipe = load_recipe(arguments.target)
-        sources = recipe.data.sources or []
-        refuse_outputs(written, [path for path in (recipe.data.data_path, *(s.path for s in sources)) if path])
+        inputs = [*recipe_inputs(recipe), arguments.image_folder, arguments.processor]
+        refuse_outputs(written, inputs, overwrite=arguments.overwrite)
         recipe.data.streaming = False  # rows are chosen by number here
         rows = load_recipe_rows(recipe)
         lead = f"{' '.join(arguments.target)}: template {recipe.model.template}"
         return load_recipe_processor(recipe), rows, arguments.max_length or recipe.training.max_length, lead, {}
     path = arguments.target[0]
-    refuse_outputs(written, [path])
+    inputs = [*data_inputs(path, arguments.image_folder), arguments.processor, arguments.tokenizer]
+    refuse_outputs(written, inputs, overwrite=arguments.overwrite)
     if arguments.processor:
         from vir_hf.loading import load_processor
 

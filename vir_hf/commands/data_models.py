@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from pathlib import Path
 from typing import Any
 
+from vir_hf import files
+from vir_hf.commands.outputs import add_overwrite, recipe_inputs, refuse_outputs
 from vir_hf.errors import RecipeError
 
 _EPILOG = """\
@@ -32,16 +33,19 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("overrides", nargs="+", metavar="OVERRIDE", help="the recipe: experiment=NAME key=value ...")
     parser.add_argument("--json", metavar="FILE", help="write what lies where as JSON, - for the terminal")
+    add_overwrite(parser)
     arguments = parser.parse_intermixed_args(argv)
     from vir_hf.recipe import load_recipe
 
-    models = [fetch(name, revision) for name, revision in needed(load_recipe(arguments.overrides, require_data=False))]
-    text = json.dumps({"models": models}, indent=1)
+    recipe = load_recipe(arguments.overrides, require_data=False)
+    refuse_outputs([("--json", arguments.json)], recipe_inputs(recipe), overwrite=arguments.overwrite)
+    models = [fetch(name, revision) for name, revision in needed(recipe)]
+    text = files.as_report({"models": models}, indent=1)
     if arguments.json == "-":
-        print(text)
+        print(text, end="")
         return 0
     if arguments.json:
-        Path(arguments.json).write_text(text + "\n", encoding="utf-8")
+        files.write_text(arguments.json, text)
     for model in models:
         print(f"{model['name']}: {model['num_bytes'] / 2**20:,.1f} MiB in {model['path']}")
     return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import urllib.parse
@@ -12,6 +11,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from vir_hf import files
+from vir_hf.commands.outputs import add_overwrite, refuse_outputs
 from vir_hf.errors import RecipeError
 
 _EPILOG = """\
@@ -31,6 +32,9 @@ exit code: 0 complete, 1 some pictures could not be had, 2 the data cannot be re
 def main(argv: list[str]) -> int:
     """Prepare; return 0 complete, 1 with failures."""
     arguments = _parse(argv)
+    outputs = [str(Path(arguments.out) / name) for name in ("rows.json", "failed.json")]
+    inputs = [arguments.source, arguments.image_folder, *outputs, str(Path(arguments.out) / "images")]
+    refuse_outputs([("--json", arguments.json)], inputs, overwrite=arguments.overwrite)
     from vir_hf.cli import INTERRUPTED
     from vir_hf.data import local_path
     from vir_hf.prepare import Fetching, prepare_data
@@ -56,18 +60,19 @@ def main(argv: list[str]) -> int:
                 seed=arguments.seed,
                 match=arguments.match,
                 fetching=fetching,
+                overwrite=arguments.overwrite,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
         except KeyboardInterrupt:
             bar.stop()
             print("interrupted; run the same command again to go on", file=sys.stderr)
             return INTERRUPTED
-    text = json.dumps(prepared.to_json(), indent=1)
+    text = files.as_report(prepared.to_json(), indent=1, ensure_ascii=True)
     if arguments.json == "-":
-        print(text)
+        print(text, end="")
         return 1 if prepared.failed else 0
     if arguments.json:
-        Path(arguments.json).write_text(text + "\n", encoding="utf-8")
+        files.write_text(arguments.json, text)
     print(f"{prepared.rows_file}: {prepared.num_rows:,} rows")
     fetched = prepared.num_images - prepared.num_present - len(prepared.failed)
     print(f"{arguments.out}/images: {prepared.num_images - len(prepared.failed):,} images, {fetched:,} of them new")
@@ -105,6 +110,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--timeout", type=float, default=30.0, metavar="SECONDS", help="of one try, to its last byte (30)"
     )
     parser.add_argument("--json", metavar="FILE", help="write what was done as JSON, - for the terminal")
+    add_overwrite(parser)
     arguments = parser.parse_args(argv)
     if arguments.num_rows is not None and arguments.num_rows < 1:
         raise RecipeError(f"--num-rows {arguments.num_rows}: expected 1 or more.")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import platform
 import sys
 from collections.abc import Sequence
 from importlib import metadata, util
 from typing import Any
+
+from vir_hf import files
+from vir_hf.commands.outputs import add_overwrite, recipe_inputs, refuse_outputs
 
 _PACKAGES = (
     "torch",
@@ -38,24 +40,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--recipe", help="a recipe.yaml that a run has written")
     parser.add_argument("--rows", type=int, default=8, help="rows to compare (default 8)")
     parser.add_argument("--json", metavar="FILE", help="write the findings to a file, or - for standard output")
+    add_overwrite(parser)
     options = parser.parse_args(argv)
     recipe = None
     if options.overrides or options.recipe:
         from vir_hf.recipe import load_recipe
 
         recipe = load_recipe(options.overrides, recipe_file=options.recipe)
+    inputs = [] if recipe is None else recipe_inputs(recipe, options.recipe)
+    refuse_outputs([("--json", options.json)], inputs, overwrite=options.overwrite)
     findings: dict[str, Any] = {"machine": machine()}
     if recipe is not None:
         findings["comparisons"] = prove(recipe, options.rows)
     if options.json != "-":
         show(findings)
     if options.json:
-        text = json.dumps(findings, indent=2)
+        text = files.as_report(findings)
         if options.json == "-":
-            print(text)
+            print(text, end="")
         else:
-            with open(options.json, "w", encoding="utf-8") as file:
-                file.write(text + "\n")
+            files.write_text(options.json, text)
     return 0 if all(entry["is_exact"] for entry in findings.get("comparisons", [])) else 1
 
 

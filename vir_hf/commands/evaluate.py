@@ -60,6 +60,8 @@ def main(argv: list[str]) -> int:
             raise RecipeError(f"evaluate: --{name.replace('_', '-')} {getattr(arguments, name)}; expected at least 1.")
     if arguments.samples < 0:
         raise RecipeError(f"evaluate: --samples {arguments.samples}; expected 0 or more.")
+    from vir_hf.evaluation import check_results
+
     run = Path(arguments.run)
     if not run.is_dir():
         raise RecipeError(
@@ -67,6 +69,7 @@ def main(argv: list[str]) -> int:
         )
     if not any((run / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise RecipeError(f"{run}: holds neither a model nor an adapter; name the output directory of a finished run.")
+    check_results(run)
     return _evaluate(run, arguments)
 
 

@@ -6,7 +6,9 @@ import argparse
 import dataclasses
 import json
 import sys
-from pathlib import Path
+
+from vir_hf import files
+from vir_hf.commands.outputs import add_overwrite, refuse_outputs
 
 
 def main(argv: list[str]) -> int:
@@ -24,7 +26,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--json", metavar="FILE", dest="json_file", help="write the result as JSON to FILE, or - for stdout"
     )
+    add_overwrite(parser)
     arguments = parser.parse_args(argv)
+    inputs = [arguments.run, arguments.base]
+    refuse_outputs([("--json", arguments.json_file)], inputs, overwrite=arguments.overwrite)
 
     import torch
 
@@ -33,11 +38,11 @@ def main(argv: list[str]) -> int:
     dtype = "auto" if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     merged = merge_run(arguments.run, arguments.out, base=arguments.base, dtype=dtype, revision=arguments.revision)
     if arguments.json_file:
-        text = json.dumps(dataclasses.asdict(merged), indent=2, default=str) + "\n"
+        text = files.as_report(json.loads(json.dumps(dataclasses.asdict(merged), default=str)))
         if arguments.json_file == "-":
             sys.stdout.write(text)
             return 0
-        Path(arguments.json_file).write_text(text, encoding="utf-8")
+        files.write_text(arguments.json_file, text)
     widened = ", made 16 bit first" if merged.was_quantized else ""
     print(
         f"merged {merged.adapter} and its base {merged.base}{widened} into {merged.out}\n"

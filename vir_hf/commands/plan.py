@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vir_hf import files
+from vir_hf.commands.outputs import add_overwrite, recipe_inputs, refuse_outputs
 from vir_hf.recipe import RecipeArgumentParser, recipe_from
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--json", metavar="FILE", dest="json_file", help="write the plan as JSON to FILE, or - for stdout"
     )
+    add_overwrite(parser)
     arguments = parser.parse_args(argv)
     for name in ("nodes", "gpus_per_node"):
         if getattr(arguments, name) < 1:
@@ -55,12 +56,14 @@ def main(argv: list[str]) -> int:
     if arguments.tflops is not None and arguments.tflops <= 0:
         parser.error(f"--tflops: found {arguments.tflops:g}, expected more than 0")
     recipe = recipe_from(arguments, require_data=False)
+    inputs = recipe_inputs(recipe, arguments.recipe)
+    refuse_outputs([("--json", arguments.json_file)], inputs, overwrite=arguments.overwrite)
     made = _plan(recipe, arguments)
     if arguments.json_file == "-":
         sys.stdout.write(_as_json(made))
     else:
         if arguments.json_file:
-            Path(arguments.json_file).write_text(_as_json(made), encoding="utf-8")
+            files.write_text(arguments.json_file, _as_json(made))
         print_plan(made)
     return 0 if made.fits else 1
 
@@ -91,7 +94,7 @@ def _plan(recipe: Recipe, arguments: Any) -> Plan:
 
 
 def _as_json(made: Plan) -> str:
-    return json.dumps({"plan": made.to_dict()}, indent=2, ensure_ascii=False) + "\n"
+    return files.as_report({"plan": made.to_dict()})
 
 
 def print_plan(made: Plan, console: Console | None = None) -> None:

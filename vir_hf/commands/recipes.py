@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from pathlib import Path
 from typing import Any
 
-from vir_hf import recipe_files
+from vir_hf import files, recipe_files
+from vir_hf.commands.outputs import add_overwrite, refuse_outputs
 
 
 def main(argv: list[str]) -> int:
@@ -22,14 +21,17 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--json", metavar="FILE", dest="json_file", help="write the list as JSON to FILE, or - for stdout"
     )
+    add_overwrite(parser)
     arguments = parser.parse_args(argv)
+    inputs = [str(path) for path in recipe_files.group_options("experiment", arguments.recipes_dir).values()]
+    refuse_outputs([("--json", arguments.json_file)], inputs, overwrite=arguments.overwrite)
     experiments = list_experiments(arguments.recipes_dir)
     if arguments.json_file:
-        text = json.dumps({"experiments": experiments}, indent=2, ensure_ascii=False) + "\n"
+        text = files.as_report({"experiments": experiments})
         if arguments.json_file == "-":
             sys.stdout.write(text)
             return 0
-        Path(arguments.json_file).write_text(text, encoding="utf-8")
+        files.write_text(arguments.json_file, text)
     _print_table(experiments)
     return 0
 

@@ -389,7 +389,10 @@ def _flash_attn(
     dropout: float,
     sliding_window: int | None,
 ) -> torch.Tensor:
-    from flash_attn import flash_attn_varlen_func
+    try:  # outside one, transformers asks everybody who opens a saved model with its code to install it
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        raise
 
     q, k, v, cumulative_queries, cumulative_keys = _flat_states(query, key, value, layout)
     window = (sliding_window - 1, 0) if sliding_window is not None else (-1, -1)

@@ -8,7 +8,6 @@ from typing import Any
 from transformers import BaseImageProcessor, LlavaImageProcessorPil, PreTrainedTokenizerBase
 from transformers import LlavaProcessor as NativeLlavaProcessor
 
-IMAGE_TOKEN = "<image>"
 IMAGE_ASPECT_RATIOS = ("pad", "crop", "resize")
 
 
@@ -26,11 +25,14 @@ class LlavaProcessor(NativeLlavaProcessor):
         patch_size: int | None = None,
         vision_feature_select_strategy: str | None = None,
         chat_template: str | None = None,
-        image_token: str = IMAGE_TOKEN,
+        image_token: str | None = None,
         num_additional_image_tokens: int = 0,
         template: str = "auto",
         **kwargs: Any,
     ):
+        from vir_hf.templates import IMAGE_TOKEN, image_token_of
+
+        image_token = image_token_of(tokenizer) if tokenizer is not None else image_token or IMAGE_TOKEN
         if tokenizer is not None and image_token not in tokenizer.get_vocab():
             # transformers takes the id of the first piece of "<image>" here, without a word.
             raise ValueError(
@@ -62,7 +64,7 @@ class LlavaProcessor(NativeLlavaProcessor):
         image_aspect_ratio: str = "pad",
         chat_template: str | None = None,
     ) -> LlavaProcessor:
-        """Return a processor; `<image>` and a padding token are added to the tokenizer where they are missing.
+        """Return a processor; the image token and a padding token are added to the tokenizer where they are missing.
 
         Args:
             tokenizer: the language model's; changed in place.
@@ -79,7 +81,7 @@ class LlavaProcessor(NativeLlavaProcessor):
         """
         from vir_hf.templates import chat_template_for, prepare_tokenizer
 
-        prepare_tokenizer(tokenizer, template, IMAGE_TOKEN)
+        prepare_tokenizer(tokenizer, template)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
         if chat_template is None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw
+
+from vir_hf.files import write_json
 
 COLOURS = {
     "red": (214, 40, 40),
@@ -109,7 +110,7 @@ def ask_about(scene: Scene) -> list[Question]:
 
 
 def write_pictures(folder: Path, *, num_pictures: int, num_questions: int, seed: int) -> list[Scene]:
-    """Return the training scenes, in file order, after writing all pictures and their LLaVA rows under `folder`.
+    """Return the training scenes, in file order, after writing all pictures and their LLaVA rows into an empty `folder`.
 
     `images/` holds the pictures, `pretrain.json` a caption for each, `finetune.json` a description and two conversations
     each, and `heldout.json` one question a row about pictures whose scenes no training picture shows.
@@ -118,7 +119,7 @@ def write_pictures(folder: Path, *, num_pictures: int, num_questions: int, seed:
         num_questions: held-out questions of each kind, a multiple of 72, so that all answers can come equally often.
     """
     rng = random.Random(seed)
-    (folder / "images").mkdir(parents=True, exist_ok=True)
+    (folder / "images").mkdir(parents=True)
     heldout = examine(num_questions, rng)
     scenes: list[Scene] = []
     while len(scenes) < num_pictures:
@@ -143,7 +144,7 @@ def write_pictures(folder: Path, *, num_pictures: int, num_questions: int, seed:
         for question in questions:
             tests.append(_to_llava_row(f"heldout-{number:05d}-{question.kind}", image, [question]))
     for name, rows in (("pretrain", captions), ("finetune", conversations), ("heldout", tests)):
-        (folder / f"{name}.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+        write_json(folder / f"{name}.json", rows, indent=1, ensure_ascii=True)
     return scenes
 
 

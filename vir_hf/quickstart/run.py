@@ -22,14 +22,16 @@ from typing import Any
 
 from PIL import Image
 
+from vir_hf.checkpoints import METRICS, OUTPUTS, read_metrics, run_folder
 from vir_hf.errors import RecipeError
 from vir_hf.evaluation import Case, write_results, write_samples
+from vir_hf.files import OutputFolder
 from vir_hf.inference import Answerer, Question
-from vir_hf.json_files import write_json
 from vir_hf.quickstart.drawing import KINDS, draw_blank, write_pictures
 from vir_hf.quickstart.panel import Sample, draw_panel
 from vir_hf.quickstart.parts import make_language_model, make_vision_tower
 from vir_hf.recipe import Recipe
+from vir_hf.recipe_rules import SELF_CONTAINED
 from vir_hf.training import train
 
 ANSWER_BATCH = 96
@@ -79,24 +81,29 @@ def run_quickstart(recipe: Recipe, size: Size | None = None) -> dict[str, Any]:
         )
     size, timer = size or Size(), Timer()
     output_dir = Path(recipe.training.output_dir)
-    data, parts = output_dir / "data", output_dir / "parts"
+    output, data, parts = _output_folder(output_dir), output_dir / "data", output_dir / "parts"
     seed = int(recipe.training.seed)
     with timer.measure("drawing", f"1/5 drawing {size.num_pictures} pictures and the conversations about them"):
-        scenes = write_pictures(data, num_pictures=size.num_pictures, num_questions=size.num_questions, seed=seed)
+        staging = output.stage("data")
+        scenes = write_pictures(staging, num_pictures=size.num_pictures, num_questions=size.num_questions, seed=seed)
+        output.replace_folder("data", staging)
     rows = {name: read_rows(data / f"{name}.json") for name in ("pretrain", "finetune", "heldout")}
     with timer.measure("parts", "2/5 making a tiny language model and a tiny vision tower, and training the tower"):
-        make_language_model(parts / "language_model", texts_of(rows["pretrain"] + rows["finetune"]), seed=seed)
+        staging = output.stage("parts")
+        make_language_model(staging / "language_model", texts_of(rows["pretrain"] + rows["finetune"]), seed=seed)
         images = [data / "images" / str(row["image"]) for row in rows["pretrain"]]
-        tower_loss = make_vision_tower(parts / "vision_tower", images, scenes, num_steps=size.tower_steps, seed=seed)
+        tower_loss = make_vision_tower(staging / "vision_tower", images, scenes, num_steps=size.tower_steps, seed=seed)
+        output.replace_folder("parts", staging)
     with timer.measure("pretrain", "3/5 stage 1: the projector learns to show pictures to the language model"):
-        first = train(pretrain_recipe(recipe, data, parts, size.pretrain_rows))
+        first = train(_over_its_own(pretrain_recipe(recipe, data, parts, size.pretrain_rows)))
     with timer.measure("finetune", "4/5 stage 2: projector and language model learn to answer"):
-        metrics = train(finetune_recipe(recipe, data, parts))
+        metrics = train(_over_its_own(finetune_recipe(recipe, data, parts)))
     with timer.measure("evaluation", f"5/5 answering {len(rows['heldout'])} questions about pictures never trained on"):
         scores, samples = evaluate(
             Answerer.load(str(output_dir)), rows["heldout"], rows["finetune"], data / "images", seed=seed
         )
-        draw_panel(samples).save(output_dir / "samples.png")
+        with output.writing("samples.png") as temporary:
+            draw_panel(samples).save(temporary, "PNG")
         report(output_dir, scores, samples)
     metrics |= scores | {
         "tower_loss": tower_loss,
@@ -106,9 +113,35 @@ def run_quickstart(recipe: Recipe, size: Size | None = None) -> dict[str, Any]:
         "samples": str(output_dir / "samples.png"),
         "example_image": str(data / "images" / rows["heldout"][-1]["image"]),
     }
-    write_json(output_dir / "metrics.json", metrics)
+    output.write_json(METRICS, metrics)
     print(summary(metrics), flush=True)
     return metrics
+
+
+def _output_folder(output_dir: Path) -> OutputFolder:
+    """The folder to draw and train in, once nothing of somebody else's has to give way.
+
+    Raises:
+        RecipeError: a file that is not of a quickstart, or was changed since.
+    """
+    output = run_folder(output_dir)
+    names = ("data", "parts", "samples.png")
+    is_earlier = read_metrics(output_dir).get("experiment") == SELF_CONTAINED
+    if is_earlier and not any(name.split("/")[0] in names for name in output.names()):  # by a version without records
+        found = [path for name in names[:2] for path in (output_dir / name).rglob("*")]
+        output.adopt(["samples.png", *(path.relative_to(output_dir).as_posix() for path in found)])
+    for folder, needed in ((output, (*names, *OUTPUTS)), (run_folder(output_dir / "pretrain"), OUTPUTS)):
+        key = f"training.output_dir={folder.path}"
+        folder.refuse_foreign(needed, key, "Move it away, or name another training.output_dir.")
+    return output
+
+
+def _over_its_own(recipe: Recipe) -> Recipe:
+    """The recipe with leave to take an earlier quickstart's place, which is made again from nothing."""
+    earlier = read_metrics(Path(recipe.training.output_dir)).get("experiment")
+    if earlier in (SELF_CONTAINED, recipe.experiment.name):
+        recipe.training.overwrite_output_dir = True
+    return recipe
 
 
 def pretrain_recipe(recipe: Recipe, data: Path, parts: Path, num_rows: int) -> Recipe:
@@ -181,7 +214,7 @@ def report(output_dir: Path, scores: dict[str, Any], samples: list[Sample]) -> N
     )
     questions = [Question(it.question, [it.image]) for it in samples]
     cases = [
-        Case(str(number), lambda asked=asked: asked, [it.answer], num_images=1)  # type: ignore[misc]
+        Case(str(number), lambda asked=asked: asked, [it.answer])  # type: ignore[misc]
         for number, (asked, it) in enumerate(zip(questions, samples, strict=True))
     ]
     before = answer_all(Answerer.load(str(output_dir / "pretrain")), questions)
