@@ -11,7 +11,7 @@ SOURCES := vir_hf tests $(wildcard benchmarks) $(wildcard spaces)
 
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart test check lint types compile browser drills distributed newest clean
+.PHONY: help quickstart test check lint types compile browser drills families distributed newest clean
 
 help:
 	@echo "make quickstart   train a tiny model on drawn pictures, in minutes, without a GPU or a download"
@@ -19,6 +19,7 @@ help:
 	@echo "make check        lint, format, types, syntax on every Python at hand, tests"
 	@echo "make browser      every control of the demo in a headless Chromium"
 	@echo "make drills       the long fault drills"
+	@echo "make families     every causal language model of transformers, judged, trained and reloaded; ten minutes"
 	@echo "make distributed  real launches on this CPU: DDP, ZeRO-2, ZeRO-3, FSDP2, two hosts; half an hour"
 	@echo "make newest       the tests on the newest releases of transformers and TRL, past the versions setup.cfg allows"
 	@echo "make clean        remove .venv and caches (outputs/ stays)"
@@ -56,6 +57,11 @@ browser: $(VENV)/.installed-dev
 
 drills: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m drills $(PYTEST_ARGS)
+
+# Writes the table of docs/language-models.md, then tries what it says.
+families: $(VENV)/.installed-dev
+	PYTHONPATH=. $(BIN)/python tests/language_model_families.py
+	$(BIN)/python -m pytest -m families tests/test_language_models.py $(PYTEST_ARGS)
 
 # DeepSpeed is no part of the ordinary tests; without it the ZeRO tests are skipped.
 distributed: $(VENV)/.installed-dev

@@ -191,12 +191,14 @@ def make_model(options: argparse.Namespace, processor: Any) -> Any:
                 torch.set_default_dtype(dtype)
                 LlavaForConditionalGeneration(config).save_pretrained(folder)
                 torch.set_default_dtype(torch.float32)
+        from vir_hf.quantization import NOT_QUANTIZED
+
         quantization = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=["model.vision_tower", "model.multi_modal_projector", "lm_head"],
+            llm_int8_skip_modules=list(NOT_QUANTIZED),
         )
         model = model_class.from_pretrained(
             folder, dtype=dtype, quantization_config=quantization, device_map={"": 0} if has_cuda else None

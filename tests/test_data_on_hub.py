@@ -104,3 +104,61 @@ def test_models_of_a_recipe_are_fetched(server: minihub.Hub, tiny_parts: Path, t
         assert model["num_bytes"] > 1_000
     wrong = run(server, tmp_path, "-m", "vir_hf.cli", "data", "download-models", "model.name_or_path=user/nothing")
     assert wrong.returncode == 2 and "error: user/nothing: cannot be fetched" in wrong.stderr
+
+
+REVISION = """
+import json, sys
+from vir_hf.dataset_statistics import _token_counter
+from vir_hf.loading import choose_precision, load_model_and_processor
+from vir_hf.recipe import load_recipe
+from vir_hf.row_processor import load_recipe_processor
+from vir_hf.shapes import load_configs
+found = []
+for more in ["model.revision=v2"], [], ["model.revision=v2", "model.tokenizer=user/words"]:
+    recipe = load_recipe([*sys.argv[1:], *more], require_data=False)
+    model, processor = load_model_and_processor(recipe, choose_precision())
+    rows = load_recipe_processor(recipe)
+    found.append({
+        "weights": float(model.model.language_model.norm.weight[0]),
+        "eps": load_configs(recipe)[0].text_config.rms_norm_eps,
+        "generation": model.generation_config.max_new_tokens,
+        "tokenizers": ["second" in one.tokenizer.get_vocab() for one in (processor, rows)],
+        "counted": _token_counter(recipe)[0]("second"),
+    })
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_a_revision_is_one_of_everything_in_its_repository_and_of_nothing_else(
+    server: minihub.Hub, tiny_parts: Path, tmp_path: Path
+):
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    def files(folder: Path) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    second = tmp_path / "second"
+    model = AutoModelForCausalLM.from_pretrained(tiny_parts / "lm", rms_norm_eps=2e-5)
+    model.model.norm.weight.data.fill_(7.0)
+    model.generation_config = GenerationConfig(max_new_tokens=17)
+    model.save_pretrained(second)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_parts / "lm")
+    tokenizer.add_tokens(["second"])
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(second)
+    server.commit(server.create("model", "user/tower"), "main", "weights", files(tiny_parts / "tower"), [])
+    repository = server.create("model", "user/lm")
+    server.commit(repository, "main", "weights", files(tiny_parts / "lm"), [])
+    server.commit(repository, "v2", "better weights", files(second), [])
+    server.commit(server.create("model", "user/words"), "main", "words", files(second), [])  # has no v2
+    parts = ["model.language_model=user/lm", "model.vision_tower=user/tower", "model.template=vicuna_v1"]
+
+    done = run(server, tmp_path, "-c", REVISION, *parts)
+    assert done.returncode == 0, done.stderr
+    pinned, latest, other = json.loads(done.stdout.splitlines()[-1])
+    assert (pinned["weights"], pinned["eps"], pinned["generation"]) == (7.0, 2e-5, 17)
+    assert pinned["tokenizers"] == [True, True] and pinned["counted"] == 1
+    assert (latest["weights"], latest["generation"]) == (1.0, None)
+    assert latest["tokenizers"] == [False, False] and latest["counted"] > 1
+    assert other["weights"] == 7.0 and other["tokenizers"] == [True, True]

@@ -2,21 +2,29 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny_training import NF4, UNQUANTIZED, load, logits_of, recipe_for, run
 from transformers import LlavaForConditionalGeneration, TrainerCallback
 
+from vir_hf import estimator, hardware, loading
 from vir_hf.adapters import base_of
 from vir_hf.errors import RecipeError
 from vir_hf.interop import read_projector, save_projector, to_original
+from vir_hf.llava.projectors import PROJECTORS
 from vir_hf.loading import choose_precision, describe_precision, load_run
 from vir_hf.quantization import bits_of, keep_layout
+from vir_hf.recipe import load_recipe
 
 WHOLE = {"model.language_model": "null", "model.vision_tower": "null"}
 INT8 = {"quantization": "int8", "quantization.only_on_cuda": "false"}
@@ -261,9 +269,9 @@ def test_a_resumed_run_takes_its_own_base_and_nobody_elses(lora_run: Path, tiny_
 
 
 def test_what_is_no_model_says_so(tmp_path: Path, tiny_parts: Path):
-    with pytest.raises(RecipeError, match="path=nobody/nothing: could not be loaded"):
+    with pytest.raises(RecipeError, match="path=nobody/nothing: its config.json could not be read"):
         load_run("nobody/nothing")
-    with pytest.raises(RecipeError, match="could not be loaded"):
+    with pytest.raises(RecipeError, match="its config.json could not be read"):
         load_run(tmp_path)
     with pytest.raises(RecipeError, match=r"model.adapter=.*holds no adapter"):
         load(tiny_parts, tmp_path, **{"model.adapter": tiny_parts / "lm"})
@@ -362,7 +370,7 @@ def test_a_projector_of_other_width_is_refused(tiny_parts: Path, tmp_path: Path)
 def test_a_projector_of_other_depth_is_refused(tiny_parts: Path, tmp_path: Path):
     deep, _, _ = load(tiny_parts, tmp_path, **{"model.projector_type": "mlp3x_gelu"})
     save_projector(deep, tmp_path)
-    with pytest.raises(RecipeError, match=r"linear_3.bias, which this projector does not have"):
+    with pytest.raises(RecipeError, match=r"unknown linear_3.bias, linear_3.weight. It takes linear_1.bias"):
         load(tiny_parts, tmp_path / "x", **{"model.pretrained_projector": tmp_path})
 
 
@@ -458,3 +466,108 @@ def test_a_whole_model_is_saved_in_the_dtype_it_was_loaded_in(
     keep_layout(stock)
     ours, processor = load_run(tmp_path / "run", dtype=torch.bfloat16)
     assert torch.equal(logits_of(stock, tiny_parts, processor), logits_of(ours, tiny_parts, processor))
+
+
+def test_a_projector_file_of_other_keys_says_what_was_found(tiny_parts: Path, tmp_path: Path):
+    save_file({"proj.weight": torch.zeros(32, 32), "norm.bias": torch.zeros(32)}, tmp_path / "other.safetensors")
+    message = (
+        r"other.safetensors holds no projector, only (norm.bias, proj.weight|proj.weight, norm.bias)\. Expected keys"
+    )
+    with pytest.raises(RecipeError, match=message):
+        load(tiny_parts, tmp_path / "x", **{"model.pretrained_projector": tmp_path / "other.safetensors"})
+    save_file({"proj.weight": torch.zeros(32, 32)}, tmp_path / "projector.safetensors")
+    message = r"missing linear_1.bias, linear_1.weight, linear_2.bias, linear_2.weight; unknown proj.weight"
+    with pytest.raises(RecipeError, match=message):
+        load(tiny_parts, tmp_path / "x", **{"model.pretrained_projector": tmp_path / "projector.safetensors"})
+
+
+def test_a_projector_of_ones_own_needs_no_layer_of_a_certain_name(
+    tiny_parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    class Own(torch.nn.Sequential):
+        def __init__(self, config: Any):
+            super().__init__(torch.nn.LayerNorm(32), torch.nn.Linear(32, config.text_config.hidden_size))
+
+    monkeypatch.setitem(PROJECTORS, "linear", Own)
+    metrics = run(tiny_parts, tmp_path / "run", **{"model.projector_type": "linear", "training.max_steps": 1})
+    assert metrics["num_steps"] == 1
+    state = load_file(tmp_path / "run" / "projector.safetensors")
+    assert set(state) == {"0.weight", "0.bias", "1.weight", "1.bias"}
+    for source in (tmp_path / "run", tmp_path / "run" / "adapter_model.safetensors"):
+        model, _, _ = load(
+            tiny_parts, tmp_path / "x", **{"model.projector_type": "linear", "model.pretrained_projector": source}
+        )
+        for name, value in state.items():
+            assert torch.equal(model.model.multi_modal_projector.get_parameter(name), value)
+    opened, processor = load_run(tmp_path / "run")
+    assert logits_of(opened, tiny_parts, processor).isfinite().all()
+    with pytest.raises(RecipeError, match=r"linear layers alone \(linear_1.weight ...\), found 0.bias"):
+        to_original(state)
+
+
+DTYPES = st.sampled_from(["auto", "bfloat16", "float16", "float32"])
+FLAGS = st.sampled_from([None, True, False])
+
+
+@given(dtype=DTYPES, bf16=FLAGS, fp16=FLAGS, use_cpu=st.booleans(), device=st.sampled_from(["cpu", "t4", "l4"]))
+def test_all_that_choose_a_precision_choose_the_same(
+    dtype: str, bf16: bool | None, fp16: bool | None, use_cpu: bool, device: str
+):
+    """Training, the feature cache, the planner and a finished run, on every kind of device."""
+    said = {} if bf16 is None else {"bf16": bf16}
+    said |= {} if fp16 is None else {"fp16": fp16}
+    recipe = SimpleNamespace(
+        model=SimpleNamespace(dtype=dtype), training=SimpleNamespace(use_cpu=use_cpu, arguments=said)
+    )
+    capability = {"t4": (7, 5), "l4": (8, 9)}.get(device)
+    with pytest.MonkeyPatch.context() as patched, tempfile.TemporaryDirectory() as folder:
+        patched.setattr(torch.cuda, "is_available", lambda: capability is not None)
+        patched.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+        patched.setattr(torch.cuda, "get_device_name", lambda *_: device)
+        try:
+            chosen = loading.precision_of(recipe)
+        except RecipeError as error:
+            assert "needs a CUDA GPU" in str(error) and (use_cpu or device == "cpu")
+            chosen = None
+        seen_device = hardware.GPUS[device] if capability and not use_cpu else hardware.Device("cpu", "cpu", 0, 0)
+        try:
+            planned = estimator._precision(recipe, seen_device)
+        except RecipeError:
+            planned = None
+        assert planned == (None if chosen is None else (chosen.dtype, chosen.autocast is not None))
+        text = f"model: {{dtype: {dtype}}}\ntraining: {json.dumps(said)}\n"
+        (Path(folder) / "recipe.yaml").write_text(text, encoding="utf-8")
+        served = loading._precision_of_run(folder, use_cpu)
+        assert served.dtype == (torch.float32 if chosen is None else chosen.dtype)
+
+
+@pytest.mark.parametrize("flag", ["bf16", "fp16"])
+def test_every_command_passes_the_recipes_precision_on(
+    flag: str, tiny_parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """What training loads its model in, `data cache-features` loads it in too."""
+    from vir_hf import training
+    from vir_hf.commands import cache_features
+
+    class Seen(Exception):
+        pass
+
+    def stop(recipe: Any, precision: Any, *_: Any) -> None:
+        raise Seen(precision)
+
+    monkeypatch.setattr(loading, "precision_on", lambda *_, **__: loading.Precision(torch.float16, None, flag))
+    monkeypatch.setattr(loading, "load_model_and_processor", stop)
+    monkeypatch.setattr(training, "load_model_and_processor", stop)
+    overrides = tiny.training_overrides(tiny_parts, tmp_path, **{f"training.{flag}": "true"})
+    with pytest.raises(Seen) as cached:
+        cache_features.main(overrides)
+    with pytest.raises(Seen) as trained:
+        training.train(load_recipe(overrides))
+    assert cached.value.args == trained.value.args
+
+
+def test_a_processor_that_counts_an_images_tokens_otherwise_is_refused(tiny_parts: Path, tmp_path: Path):
+    model, processor, _ = load(tiny_parts, tmp_path)
+    processor.num_additional_image_tokens = 0
+    with pytest.raises(RecipeError, match="its processor makes 3 tokens of an image, but the tower gives 4 features"):
+        loading.agree_on_tokens(model, processor)

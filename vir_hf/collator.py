@@ -10,13 +10,11 @@ from typing import Any
 import torch
 from torch.utils.data import default_collate
 
-from vir_hf.conversations import encode_with_images
+from vir_hf.conversations import IGNORE, encode_with_images
 from vir_hf.errors import DataError, clipped, shown
 from vir_hf.identity import picture_identity
 
 logger = logging.getLogger(__name__)
-
-IGNORED = -100
 
 
 @dataclass
@@ -97,7 +95,7 @@ class LlavaDataCollator:
     def _encode(self, row: Mapping[str, Any], pictures: list[_Picture]) -> _Row:
         encoding, sources = encode_with_images(row, self.processor, max_length=self.max_length)
         is_masked = bool(row.get("is_masked"))  # a copy that only keeps its rank in step with the others
-        labels = [IGNORED] * len(encoding["labels"]) if is_masked else encoding["labels"]
+        labels = [IGNORE] * len(encoding["labels"]) if is_masked else encoding["labels"]
         num_image_tokens = encoding["input_ids"].count(self.processor.image_token_id)
         if num_image_tokens != len(sources) * self.processor.num_image_tokens:
             raise DataError(
@@ -138,7 +136,7 @@ class LlavaDataCollator:
                     ) from error
                 logger.warning("row %s is masked: %s", names, error)
                 for row in users:
-                    row.labels = [IGNORED] * len(row.labels)
+                    row.labels = [IGNORE] * len(row.labels)
                     row.masked_because = str(error)
                 pixels.append(torch.zeros(3, *self.processor.image_size))
         # Stacked where it has to go: in a dataloader worker straight into shared memory, at half the time of a copy to there.
@@ -155,7 +153,7 @@ class LlavaDataCollator:
         def add(ids: list[int], targets: list[int], start: int, prefix: int) -> None:
             input_ids.extend(ids)
             # What precedes a segment's first token in the packed row is not what precedes it in its own row.
-            labels.extend([IGNORED, *targets[1:]])
+            labels.extend([IGNORE, *targets[1:]])
             positions.extend(range(start, start + len(ids)))
             lengths.append(len(ids))
             prefixes.append(prefix)
@@ -167,7 +165,7 @@ class LlavaDataCollator:
             prefix = len(lengths) if shared else -1
             num_shared_images = first.input_ids[:shared].count(image_token_id) // num_patches
             if shared:
-                add(first.input_ids[:shared], [IGNORED] * shared, 0, -1)
+                add(first.input_ids[:shared], [IGNORE] * shared, 0, -1)
                 images.extend(first.images[:num_shared_images])
             for row in members:
                 add(row.input_ids[shared:], row.labels[shared:], shared, prefix)
@@ -229,7 +227,7 @@ class LlavaDataCollator:
         batch = {
             "input_ids": torch.tensor([padded(row.input_ids, pad) for row in rows]),
             "attention_mask": torch.tensor([padded([1] * len(row.input_ids), 0) for row in rows]),
-            "labels": torch.tensor([padded(row.labels, IGNORED) for row in rows]),
+            "labels": torch.tensor([padded(row.labels, IGNORE) for row in rows]),
         }
         images = [index for row in rows for index in row.images]
         if images:
@@ -242,5 +240,5 @@ def shareable_length(row: _Row) -> int:
 
     The predecessor stays in the row's own segment, so that each row is scored on its own first supervised token.
     """
-    first_supervised = next((i for i, label in enumerate(row.labels) if label != IGNORED), len(row.labels))
+    first_supervised = next((i for i, label in enumerate(row.labels) if label != IGNORE), len(row.labels))
     return max(first_supervised - 1, 0)

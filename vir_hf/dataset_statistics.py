@@ -153,12 +153,11 @@ def _row_length(row: Any, count_tokens: Callable[[str], int]) -> tuple[int, int,
 
 def _token_counter(recipe: Recipe) -> tuple[Callable[[str], int], str]:
     """Return a function that counts a text's tokens, and what it counts with."""
-    model = recipe.model
-    name = model.tokenizer or model.name_or_path or model.language_model
+    name, revision = recipe.model.tokenizer_source()
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError, TypeError):
         return lambda text: round(len(text.encode()) / _BYTES_A_TOKEN), f"lengths from {_BYTES_A_TOKEN:g} bytes a token"
     finally:

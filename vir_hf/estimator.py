@@ -15,6 +15,7 @@ from vir_hf.dataset_statistics import DatasetStatistics
 from vir_hf.errors import RecipeError
 from vir_hf.hardware import GIB, Device
 from vir_hf.layouts import LAYOUTS, Layout, bucket_bytes, gathered_bytes
+from vir_hf.loading import precision_on
 from vir_hf.planning import global_batch_size
 from vir_hf.shapes import describe
 
@@ -422,20 +423,16 @@ class Estimator:
 
 
 def _precision(recipe: Recipe, device: Device) -> tuple[torch.dtype, bool]:
-    """The dtype of weights that do not learn, and whether computation is cast: `loading.choose_precision` for any device."""
-    chosen, said = recipe.model.dtype, recipe.training.arguments
-    bf16, fp16 = said.get("bf16"), said.get("fp16")
-    if chosen != "auto":
-        dtype: torch.dtype = getattr(torch, chosen)
-    elif bf16 or fp16:
-        dtype = torch.bfloat16 if bf16 else torch.float16
-    elif device.kind == "cpu":
-        dtype = torch.float32
-    else:
-        dtype = torch.bfloat16 if device.has_bf16 else torch.float16
-    if (dtype == torch.bfloat16 and bf16 is False) or (dtype == torch.float16 and fp16 is False):
-        return torch.float32, False
-    return dtype, bool(bf16 or fp16) or dtype != torch.float32
+    """The dtype of weights that do not learn, and whether computation is cast."""
+    said = recipe.training.arguments
+    chosen = precision_on(
+        recipe.model.dtype,
+        said.get("bf16"),
+        said.get("fp16"),
+        gpu=None if device.kind == "cpu" else device.label,
+        has_bf16=device.has_bf16,
+    )
+    return chosen.dtype, chosen.autocast is not None
 
 
 def _without_quantisation(recipe: Recipe) -> Recipe:

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from vir_hf.collator import LlavaDataCollator
+from vir_hf.conversations import IGNORE
 from vir_hf.fused_head import score
 from vir_hf.fused_lora import fuse_lora
 from vir_hf.lean_layers import make_lean
-from vir_hf.trainer import IGNORED, compact_supervised
+from vir_hf.trainer import compact_supervised
 
 TOLERANCE = 1e-5
 OUR_LAYERS = "the same with fused LoRA, lean layers and the fused head"
@@ -45,7 +46,12 @@ class Comparison:
 
 
 def compare_ways(
-    model: nn.Module, processor: Any, rows: Sequence[dict[str, Any]], max_length: int | None = None
+    model: nn.Module,
+    processor: Any,
+    rows: Sequence[dict[str, Any]],
+    max_length: int | None = None,
+    *,
+    padding_free: bool = True,
 ) -> list[Comparison]:
     """Return one comparison a way: padded, padding-free, with shared prefixes, cut into micro-batches, with our layers.
 
@@ -54,6 +60,7 @@ def compare_ways(
     Args:
         model: a `LlavaForCausalLM` or a PEFT model around one, in fp32, with the weights trained that a run would train.
         rows: what `load_llava_dataset` gives; the more kinds among them, the more is proved.
+        padding_free: `False` leaves out the packed ways, for a language model that cannot take them.
     """
     model.train()
     for module in model.modules():
@@ -63,21 +70,24 @@ def compare_ways(
     reference = _loss_and_gradients(model, [alone([row]) for row in rows])
     packed = LlavaDataCollator(processor, max_length)
     half = -(-len(rows) // 2)
-    ways = {
-        "padded": [LlavaDataCollator(processor, max_length, padding_free=False, share_prefixes=False)(rows)],
-        "padding-free": [LlavaDataCollator(processor, max_length, share_prefixes=False)(rows)],
-        "shared prefixes": [packed(rows)],
-        "shared prefixes, supervised positions only": [compact_supervised(packed(rows))],
-        "the same in two micro-batches": [
-            compact_supervised(packed(part)) for part in (rows[:half], rows[half:]) if part
-        ],
-    }
+    ways = {"padded": [LlavaDataCollator(processor, max_length, padding_free=False, share_prefixes=False)(rows)]}
+    fastest = "padded"
+    if padding_free:
+        fastest = "shared prefixes, supervised positions only"
+        ways |= {
+            "padding-free": [LlavaDataCollator(processor, max_length, share_prefixes=False)(rows)],
+            "shared prefixes": [packed(rows)],
+            fastest: [compact_supervised(packed(rows))],
+            "the same in two micro-batches": [
+                compact_supervised(packed(part)) for part in (rows[:half], rows[half:]) if part
+            ],
+        }
     comparisons = [
         Comparison(
             "one row at a time", reference[0], 0.0, 0.0, "", sum(len(alone([row])["input_ids"][0]) for row in rows)
         )
     ]
-    ways[OUR_LAYERS] = ways["shared prefixes, supervised positions only"]
+    ways[OUR_LAYERS] = ways[fastest]
     for name, batches in ways.items():
         if name == OUR_LAYERS:
             fuse_lora(model)
@@ -113,10 +123,10 @@ def _loss_and_gradients(
         else:
             logits = model(**inputs, use_cache=False).logits[:, :-1]
             loss = nn.functional.cross_entropy(
-                logits.reshape(-1, logits.shape[-1]).float(), targets.reshape(-1), ignore_index=IGNORED, reduction="sum"
+                logits.reshape(-1, logits.shape[-1]).float(), targets.reshape(-1), ignore_index=IGNORE, reduction="sum"
             )
         loss.backward()
-        total, count = total + loss.item(), count + int((targets != IGNORED).sum())
+        total, count = total + loss.item(), count + int((targets != IGNORE).sum())
     gradients = {name: p.grad.detach().clone() for name, p in model.named_parameters() if p.grad is not None}
     return total / max(count, 1), gradients
 

@@ -16,7 +16,9 @@ import torch
 from torch import nn
 from transformers.utils import ModelOutput
 
-IGNORED = -100
+from vir_hf.conversations import IGNORE
+from vir_hf.llava.logits import NEUTRAL_LOGIT_WORDS
+
 # Elements of a chunk's logits, 64 MiB in fp32: fewer rows make slow products, more leave the cache.
 CHUNK_ELEMENTS = 2**24
 
@@ -42,12 +44,12 @@ class ScoredOutput(ModelOutput):
 def fuse_head(model: Any) -> bool:
     """Score with this head wherever TRL asks for its fused one on a CPU; return whether this model's head can be.
 
-    Call it after TRL's trainer has put its own head on the model. Heads that scale, cap or bias their logits, models with
-    router losses, and sharded weights stay with TRL's.
+    Call it after TRL's trainer has put its own head on the model. Heads that scale, cap or bias their logits, calls that
+    ask for router losses, and sharded weights stay with TRL's.
     """
     config = model.config.get_text_config()
-    words = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
-    if any(getattr(config, word, None) is not None for word in words) or getattr(config, "num_experts", None):
+    words = NEUTRAL_LOGIT_WORDS.items()
+    if any(getattr(config, word, None) not in (None, neutral) for word, neutral in words):
         return False
     upstream = model.forward
 
@@ -90,7 +92,7 @@ def score(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> S
         Tensors of `(batch, length - 1)`.
     """
     targets = labels[:, 1:]
-    mask = targets != IGNORED
+    mask = targets != IGNORE
     scored = _ScoredTokens.apply(hidden[:, :-1][mask], weight, targets[mask])
     # `masked_scatter` keeps a batch without labels connected to the model: a loss of zero with a gradient of zeros.
     log_probs, entropy, is_top1 = (x.new_zeros(mask.shape).masked_scatter(mask, x) for x in scored)

@@ -41,13 +41,8 @@ def projector_of(model: nn.Module) -> nn.Module:
     inner: Any = model
     if hasattr(model, "get_base_model"):
         inner = inner.get_base_model()
-    projector: nn.Module = inner.model.multi_modal_projector
-    copies: Any = getattr(projector, "modules_to_save", None)
-    if copies is None:
-        return projector
-    active: Any = projector.active_adapter
-    trained: nn.Module = copies[active if isinstance(active, str) else active[0]]
-    return trained
+    projector: nn.Module = inner.model.projector_in_use()
+    return projector
 
 
 def save_projector(model: nn.Module, folder: Path) -> Path:
@@ -65,27 +60,29 @@ def load_projector(model: nn.Module, source: str | Path) -> None:
         RecipeError: no projector is found, or it is of another shape.
     """
     projector = projector_of(model)
-    found, path = read_projector(source)
-    expected = dict(projector.named_parameters())
+    tensors, path = read_projector(source)
+    expected = projector.state_dict()
+    found = tensors if set(tensors) == set(expected) else _in_our_names(tensors)
+    missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     wrong = [
-        f"{name} {tuple(found[name].shape) if name in found else 'missing'}, expected {tuple(parameter.shape)}"
-        for name, parameter in expected.items()
-        if name not in found or found[name].shape != parameter.shape
+        f"{name} {tuple(found[name].shape)}, expected {tuple(value.shape)}"
+        for name, value in expected.items()
+        if name in found and found[name].shape != value.shape
     ]
-    wrong += [f"{name}, which this projector does not have" for name in sorted(set(found) - set(expected))]
+    wrong += [f"missing {_shortly(missing)}"] * bool(missing) + [f"unknown {_shortly(unknown)}"] * bool(unknown)
     if wrong:
         raise RecipeError(
-            f"{_KEY}={source}: {path.name} does not fit this model: {'; '.join(wrong[:3])}. Its weights are (output width, input "
-            "width): the language model's hidden size and the vision tower's. Name the projector that was trained with these "
-            "two parts and this model.projector_type."
+            f"{_KEY}={source}: {path.name} does not fit this model: {'; '.join(wrong[:3])}. It takes "
+            f"{_shortly(sorted(expected))}; a weight is (output width, input width): the language model's hidden size and the "
+            "vision tower's. Name the projector that was trained with these two parts and this model.projector_type."
         )
     with torch.no_grad():
-        for name, parameter in expected.items():
-            parameter.copy_(found[name])
+        for name, value in expected.items():  # buffers, too
+            value.copy_(found[name])
 
 
 def read_projector(source: str | Path) -> tuple[dict[str, torch.Tensor], Path]:
-    """Return a projector's weights under our names, and the file they came from.
+    """Return a projector's weights by the names they have there, without the prefix, and the file they came from.
 
     Args:
         source: `projector.safetensors`, LLaVA's `mm_projector.bin`, any safetensors file with a projector in it, or a folder
@@ -110,11 +107,21 @@ def read_projector(source: str | Path) -> tuple[dict[str, torch.Tensor], Path]:
             "its training.output_dir), or name LLaVA's mm_projector.bin."
         )
     for candidate in inside:
-        state = {_our_name(key): value for key, value in _projector_tensors(candidate).items()}
+        state = {_without_prefix(key): value for key, value in _projector_tensors(candidate).items()}
         if state:
             return state, candidate
-    names = ", ".join(candidate.name for candidate in inside)
-    raise RecipeError(f"{_KEY}={source}: {names} holds no projector; expected keys such as linear_1.weight.")
+    seen = [key for candidate in inside for key in _keys_of(candidate)]
+    raise RecipeError(
+        f"{_KEY}={source}: {', '.join(candidate.name for candidate in inside)} holds no projector, only {_shortly(seen)}. "
+        f"Expected keys such as linear_1.weight, 0.weight, or some with {' or '.join(_WORDS)} in front; of another file name "
+        f"{PROJECTOR_FILE} if it holds a projector of your own and nothing else."
+    )
+
+
+def _shortly(keys: list[str]) -> str:
+    """A few keys for a message."""
+    shown = ", ".join(key[:60] for key in keys[:4])
+    return f"{shown} and {len(keys) - 4} more" if len(keys) > 4 else shown or "nothing"
 
 
 def extract_projector(folder: Path) -> None:
@@ -125,7 +132,7 @@ def extract_projector(folder: Path) -> None:
     for name in _CANDIDATES[2:5]:
         state = _projector_tensors(folder / name) if (folder / name).is_file() else {}
         if state:
-            _write({_our_name(key): value for key, value in state.items()}, folder)
+            _write({_without_prefix(key): value for key, value in state.items()}, folder)
 
 
 def _write(state: dict[str, torch.Tensor], folder: Path) -> Path:
@@ -137,7 +144,16 @@ def _write(state: dict[str, torch.Tensor], folder: Path) -> Path:
 
 
 def to_original(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return a projector's weights under the original LLaVA's names, as `torch.save`d into `mm_projector.bin`."""
+    """Return a projector's weights under the original LLaVA's names, as `torch.save`d into `mm_projector.bin`.
+
+    Raises:
+        RecipeError: a projector of other layers than linear ones, which the original has no names for.
+    """
+    other = sorted(name for name in state if not re.fullmatch(r"linear_\d+\.(weight|bias)", name))
+    if other:
+        raise RecipeError(
+            f"the original LLaVA knows projectors of linear layers alone (linear_1.weight ...), found {_shortly(other)}."
+        )
     if {name.split(".")[0] for name in state} == {"linear_1"}:
         return {f"model.mm_projector.{name.split('.')[1]}": value for name, value in state.items()}
     return {
@@ -156,7 +172,8 @@ def _projector_tensors(path: Path) -> dict[str, torch.Tensor]:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as opened:
                 keys = list(opened.keys())
-                chosen = [key for key in keys if _is_projector(key) or path.name == PROJECTOR_FILE or _is_plain(keys)]
+                is_whole = path.name == PROJECTOR_FILE or _is_plain(keys)
+                chosen = [key for key in keys if is_whole or _is_projector(key)]
                 return {key: opened.get_tensor(key) for key in chosen}
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
@@ -181,15 +198,33 @@ def _is_plain(keys: list[str]) -> bool:
     return all(re.fullmatch(r"(linear_\d\.|\d\.|)(weight|bias)", key) for key in keys)
 
 
-def _our_name(key: str) -> str:
+def _without_prefix(key: str) -> str:
+    """The name of a weight within its projector."""
     words = key.split(".")
     for word in _WORDS:
         if word in words:
             words = words[words.index(word) + 1 :]
     if words[:1] == ["modules_to_save"]:
         words = words[2:]  # modules_to_save.<adapter>
-    name = ".".join(words)
-    numbered = _SEQUENTIAL.match(name)
-    if numbered:
-        return f"linear_{int(numbered[1]) // 2 + 1}.{numbered[2]}"
-    return f"linear_1.{name}" if name in ("weight", "bias") else name
+    return ".".join(words)
+
+
+def _in_our_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The original's names, `0.weight`, `2.weight` ... or a bare `weight`, as `linear_1.weight` ...; others unchanged."""
+    named = {}
+    for name, value in state.items():
+        numbered = _SEQUENTIAL.match(name)
+        if numbered:
+            name = f"linear_{int(numbered[1]) // 2 + 1}.{numbered[2]}"
+        named[f"linear_1.{name}" if name in ("weight", "bias") else name] = value
+    return named
+
+
+def _keys_of(path: Path) -> list[str]:
+    """The names of all tensors in a weights file that could be read."""
+    if path.suffix == ".json":
+        return list(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
+    if path.suffix == ".safetensors":
+        with safe_open(path, framework="pt") as opened:
+            return list(opened.keys())
+    return [str(key) for key in torch.load(path, map_location="cpu", weights_only=True)]

@@ -16,7 +16,6 @@ import yaml
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import (
-    AutoConfig,
     AutoImageProcessor,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -33,9 +32,12 @@ from vir_hf.conversations import encode_row
 from vir_hf.errors import RecipeError
 from vir_hf.fingerprint import check_fingerprint
 from vir_hf.interop import load_projector
+from vir_hf.language_models import judge_language_model
+from vir_hf.llava.configuration_llava import has_class_token, num_image_tokens, select_strategy
 from vir_hf.llava.modeling_llava import LlavaForCausalLM
 from vir_hf.llava.processing_llava import LlavaProcessor
 from vir_hf.llava.registration import register
+from vir_hf.model_configs import check_vision_tower, check_whole_model, read_config
 from vir_hf.quantization import (
     adopt_quantization,
     bits_of,
@@ -93,26 +95,72 @@ def choose_precision(
     Raises:
         RecipeError: fp16 without a GPU.
     """
-    has_cuda = torch.cuda.is_available() and not use_cpu
+    has_gpu = torch.cuda.is_available() and not use_cpu
+    return precision_on(
+        dtype,
+        bf16,
+        fp16,
+        gpu=torch.cuda.get_device_name() if has_gpu else None,
+        has_bf16=has_gpu and torch.cuda.get_device_capability()[0] >= 8,
+    )
+
+
+def precision_of(recipe: Recipe, *, use_cpu: bool | None = None) -> Precision:
+    """Return the precision a recipe computes in on this machine: the one answer for training and all that goes with it.
+
+    Args:
+        use_cpu: in place of `training.use_cpu`.
+
+    Raises:
+        RecipeError: fp16 without a GPU.
+    """
+    said = recipe.training.arguments
+    use_cpu = bool(recipe.training.use_cpu) if use_cpu is None else use_cpu
+    return choose_precision(recipe.model.dtype, use_cpu, bf16=said.get("bf16"), fp16=said.get("fp16"))
+
+
+def precision_on(dtype: str, bf16: bool | None, fp16: bool | None, *, gpu: str | None, has_bf16: bool) -> Precision:
+    """Return what `choose_precision` returns on a given device.
+
+    Args:
+        gpu: its name; `None` for a CPU.
+        has_bf16: whether the GPU computes in bf16.
+
+    Raises:
+        RecipeError: fp16 without a GPU.
+    """
     if dtype != "auto":
         chosen, reason = getattr(torch, dtype), f"model.dtype={dtype}"
     elif bf16 or fp16:
         chosen = torch.bfloat16 if bf16 else torch.float16
         reason = f"training.{'bf16' if bf16 else 'fp16'}"
-    elif not has_cuda:
+    elif gpu is None:
         chosen, reason = torch.float32, "no CUDA GPU"
     else:
-        has_bf16 = torch.cuda.get_device_capability()[0] >= 8
         chosen = torch.bfloat16 if has_bf16 else torch.float16
-        reason = f"{torch.cuda.get_device_name()} {'computes in bf16' if has_bf16 else 'has no bf16'}"
+        reason = f"{gpu} {'computes in bf16' if has_bf16 else 'has no bf16'}"
     by_dtype = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(chosen)
     autocast = "bf16" if bf16 else "fp16" if fp16 else by_dtype
     if (by_dtype == "bf16" and bf16 is False) or (by_dtype == "fp16" and fp16 is False):
         chosen, autocast, reason = torch.float32, None, f"training.{by_dtype}=false"
-    if autocast == "fp16" and not has_cuda:
+    if autocast == "fp16" and gpu is None:
         key = "training.fp16=true" if fp16 else f"model.dtype={dtype}"
         raise RecipeError(f"{key} needs a CUDA GPU for its loss scaling; use float32 or bfloat16 on a CPU.")
     return Precision(chosen, autocast, reason)
+
+
+def _precision_of_run(name: str, use_cpu: bool) -> Precision:
+    """The precision a finished run was trained in, as far as its recipe says one and this machine has it."""
+    folders = folders_of_run(Path(name)) if Path(name).is_dir() else []
+    saved = next((folder / "recipe.yaml" for folder in folders if (folder / "recipe.yaml").is_file()), None)
+    recipe: dict[str, Any] = {} if saved is None else yaml.safe_load(saved.read_text(encoding="utf-8")) or {}
+    model, training = recipe.get("model") or {}, recipe.get("training") or {}
+    try:
+        return choose_precision(
+            model.get("dtype") or "auto", use_cpu, bf16=training.get("bf16"), fp16=training.get("fp16")
+        )
+    except RecipeError:  # trained in fp16, which a CPU does not compute in
+        return choose_precision(use_cpu=use_cpu)
 
 
 def describe_precision(precision: Precision, model: torch.nn.Module, tf32: bool | None) -> str:
@@ -153,8 +201,15 @@ def build(
     Raises:
         RecipeError: a part that cannot be loaded, or a language model without a tokenizer.
     """
+    if isinstance(language_model, str):
+        text_config, _ = read_config(language_model, "model.language_model", **_of_code(loading_kwargs))
+    else:
+        text_config = language_model.config
+    judge_language_model(text_config, _shown(language_model))
     if tokenizer is None or isinstance(tokenizer, str):
-        tokenizer = _load_tokenizer(tokenizer or _name_of(language_model, "tokenizer"))
+        # A revision is one of the language model's repository, in which its own tokenizer lies, too.
+        options = _of_code(loading_kwargs) if tokenizer in (None, language_model) else {}
+        tokenizer = _load_tokenizer(tokenizer or _name_of(language_model, "tokenizer"), **options)
     if image_processor is None or isinstance(image_processor, str):
         image_processor = _load_part(
             AutoImageProcessor, image_processor or _name_of(vision_tower, "image_processor"), "model.vision_tower"
@@ -169,15 +224,17 @@ def build(
     if isinstance(vision_tower, str):
         vision_tower = load_vision_tower(vision_tower, dtype or language_model.dtype)
     tower = getattr(vision_tower, "vision_model", vision_tower)
-    has_class_token = hasattr(tower.embeddings, "class_embedding")
-    strategy = vision_feature_select_strategy or ("default" if has_class_token else "full")
+    try:
+        strategy = select_strategy(tower.config, vision_feature_select_strategy)
+    except ValueError as error:
+        raise RecipeError(f"model.vision_tower={_shown(vision_tower)}: {error}") from error
     processor = LlavaProcessor.from_components(
         tokenizer,
         image_processor,
         template,
         patch_size=tower.config.patch_size,
         vision_feature_select_strategy=strategy,
-        num_additional_image_tokens=int(has_class_token),
+        num_additional_image_tokens=int(has_class_token(tower.config)),
         image_aspect_ratio=image_aspect_ratio,
     )
     if processor.image_size != (tower.config.image_size,) * 2:
@@ -204,7 +261,22 @@ def build(
 
 
 def agree_on_tokens(model: LlavaForCausalLM, processor: LlavaProcessor) -> None:
-    """Make the model stop at the token its template closes a turn with, and pad with the tokenizer's padding."""
+    """Make the model stop at the token its template closes a turn with, and pad with the tokenizer's padding.
+
+    Raises:
+        RecipeError: an image is another number of tokens to the processor than the model gives features for.
+    """
+    vision = model.config.vision_config
+    num_features = num_image_tokens(vision, model.config.vision_feature_select_strategy)
+    num_tokens = processor.num_image_tokens if processor.patch_size else None
+    if num_tokens != num_features:
+        raise RecipeError(
+            f"{model.name_or_path or 'model'}: its processor makes {num_tokens or 'no'} tokens of an image, but the "
+            f"tower gives {num_features} features. Correct patch_size ({processor.patch_size}), num_additional_image_tokens "
+            f"({processor.num_additional_image_tokens}) and vision_feature_select_strategy "
+            f"({processor.vision_feature_select_strategy}) in processor_config.json; the model has a patch size of "
+            f"{vision.patch_size}, {int(has_class_token(vision))} and {model.config.vision_feature_select_strategy}."
+        )
     tokenizer = processor.tokenizer
     model.config.text_config.pad_token_id = tokenizer.pad_token_id
     model.config.image_token_id = processor.image_token_id
@@ -228,11 +300,8 @@ def end_of_turn_id(processor: LlavaProcessor) -> int:
 
 def load_vision_tower(name: str, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
     """Return CLIP's or SigLIP's vision model from a Hub id or folder; of a full CLIP only the vision part is kept."""
-    config = _load_part(AutoConfig, name, "model.vision_tower")
-    if config.model_type not in VISION_TOWERS:
-        raise RecipeError(
-            f"model.vision_tower={name}: its model type is {config.model_type!r}; expected one of {sorted(VISION_TOWERS)}."
-        )
+    config, _ = read_config(name, "model.vision_tower")
+    check_vision_tower(config, name)
     return _load_part(VISION_TOWERS[config.model_type], name, "model.vision_tower", dtype=dtype)
 
 
@@ -274,7 +343,7 @@ def load_model_and_processor(
         loading.pop("revision", None)
     name = source or wanted.name_or_path
     if name:
-        model = _load_part(LlavaForCausalLM, name, "model.name_or_path", dtype=precision.dtype, **loading)
+        model = _load_whole(name, "model.name_or_path", dtype=precision.dtype, **loading)
         processor = load_processor(name, wanted.template, None if source else wanted.revision)
         agree_on_tokens(model, processor)
     elif wanted.language_model and wanted.vision_tower:
@@ -464,7 +533,7 @@ def load_run(
     Args:
         path: a run's output directory, a `checkpoint-N` in it, a folder saved by `save_pretrained`, or a Hub id. An
             adapter is put on the base it was trained on.
-        dtype: `"auto"` follows the machine (see `choose_precision`).
+        dtype: `"auto"` is what the run was trained in where its recipe says it, else what suits the machine.
         device: the first GPU if there is one, else the CPU.
         base: the base model of an adapter, where it is not the one the adapter names.
         load_in_4bit: quantise the language model to NF4 while loading.
@@ -474,7 +543,8 @@ def load_run(
     """
     name = os.fspath(path)
     if isinstance(dtype, str):
-        dtype = choose_precision(dtype, use_cpu=str(device or "").startswith("cpu")).dtype
+        use_cpu = str(device or "").startswith("cpu")
+        dtype = (_precision_of_run(name, use_cpu) if dtype == "auto" else choose_precision(dtype, use_cpu)).dtype
     loading: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if attn_implementation is not None:
         loading["attn_implementation"] = attn_implementation
@@ -484,10 +554,10 @@ def load_run(
     if adapter is None:
         if revision is not None:
             loading["revision"] = revision
-        model = _load_part(LlavaForCausalLM, name, "path", **loading)
+        model = _load_whole(name, "path", **loading)
         processor = load_processor(processor_place(Path(name), name), revision=revision)
     else:
-        model, base_name = load_base(adapter, base, loading)
+        model, base_name, base_revision = load_base(adapter, base, loading)
         try:
             model = PeftModel.from_pretrained(model, str(adapter))
         except SafetensorError as error:
@@ -495,7 +565,7 @@ def load_run(
         for name, parameter in model.named_parameters():
             if "lora_" in name or ".modules_to_save." in name:  # PEFT loads them in fp32, for training
                 parameter.data = parameter.data.to(dtype)
-        processor = load_processor(processor_place(adapter, base_name))
+        processor = load_processor(processor_place(adapter, base_name), revision=base_revision)
     keep_layout(model)
     if device is None and torch.cuda.is_available():
         device = "cuda"
@@ -504,8 +574,8 @@ def load_run(
     return model.eval(), processor
 
 
-def load_base(adapter: Path, base: str | None, loading: dict[str, Any]) -> tuple[LlavaForCausalLM, str]:
-    """Return the model an adapter was trained on, and its name.
+def load_base(adapter: Path, base: str | None, loading: dict[str, Any]) -> tuple[LlavaForCausalLM, str, str | None]:
+    """Return the model an adapter was trained on, its name and its revision.
 
     Args:
         base: in place of the one the adapter names; its weights must be the same.
@@ -518,9 +588,9 @@ def load_base(adapter: Path, base: str | None, loading: dict[str, Any]) -> tuple
     check_fingerprint(adapter, name, revision, key="base")
     if revision is not None:
         loading = {**loading, "revision": revision}
-    model = _load_part(LlavaForCausalLM, name, "base", **loading)
+    model = _load_whole(name, "base", **loading)
     keep_layout(model)
-    return model, name
+    return model, name, revision
 
 
 def processor_place(folder: Path, otherwise: str) -> str:
@@ -545,10 +615,23 @@ def _shown(part: str | PreTrainedModel) -> str:
     return part if isinstance(part, str) else part.config.name_or_path or type(part).__name__
 
 
-def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def _of_code(loading_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Which files of a repository are meant, and whether code in them may run: the same for all that comes from it."""
+    return {name: loading_kwargs[name] for name in ("revision", "trust_remote_code") if loading_kwargs.get(name)}
+
+
+def _load_whole(name: str, key: str, **loading: Any) -> LlavaForCausalLM:
+    """Load a whole LLaVA model, if its config says that it is one."""
+    config, _ = read_config(name, key, **_of_code(loading))
+    check_whole_model(config, name, key, loading.get("revision"))
+    model: LlavaForCausalLM = _load_part(LlavaForCausalLM, name, key, **loading)
+    return model
+
+
+def _load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
     # `legacy` moves one piece of Llama's tokenization; without it text per chunk gives LLaVA's own ids.
     try:
-        return AutoTokenizer.from_pretrained(name, legacy=False)
+        return AutoTokenizer.from_pretrained(name, legacy=False, **options)
     except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
         raise RecipeError(
             f"model.tokenizer: no tokenizer could be loaded from {name!r} ({_first_line(error)}). From the Hub it needs a "

@@ -88,8 +88,8 @@ def merge_run(
     if trained_with is not None:
         # The adapter learned beside rounded weights: rounded the same way, then widened, they give the same logits.
         loading["quantization_config"] = _bitsandbytes_config(trained_with)
-    plain, base_name = load_base(adapter, base, loading)
-    processor = load_processor(processor_place(adapter, base_name))
+    plain, base_name, base_revision = load_base(adapter, base, loading)
+    processor = load_processor(processor_place(adapter, base_name), revision=base_revision)
     quantized = _take_quantized_layers(plain)
     saved_dtype, num_parameters = plain.dtype, sum(parameter.numel() for parameter in plain.parameters())
     model = _put_adapter(plain, adapter, quantized)

@@ -56,6 +56,12 @@ class ModelSection:
     use_qlora: bool | None = None
     load_in_4bit: bool | None = None
 
+    def tokenizer_source(self) -> tuple[str | None, str | None]:
+        """Name and revision of the tokenizer: `revision` is one of the model's repository, so only of a tokenizer in it."""
+        main = self.name_or_path or self.language_model
+        name = main if self.name_or_path else self.tokenizer or main
+        return name, self.revision if name == main else None
+
 
 @dataclass
 class SourceSection:

@@ -45,6 +45,7 @@ REFUSED: dict[str, str] = {
     "training.resume_from_checkpoint": "write training.resume=auto, or training.resume=PATH",
     "training.ignore_data_skip": "a resumed run would see other rows; training.resume goes on exactly where it stopped",
     "training.save_only_model": "such a checkpoint cannot be resumed",
+    "training.router_aux_loss_coef": "a LLaVA model returns no router logits, so there is no loss of a router to weight",
     "training.enable_jit_checkpoint": f"{_BY_US}: SIGTERM and SIGUSR1 already save before the run ends",
     "training.hub_token": "a token has no place in a recipe; log in with `hf auth login` or set HF_TOKEN",
     "training.deepspeed": _HARDWARE,

@@ -29,6 +29,7 @@ from vir_hf.errors import DataError, RecipeError, RunError
 from vir_hf.files import writing
 from vir_hf.identity import CONTENT, Folders, picture_identities
 from vir_hf.image_folder import split_place
+from vir_hf.llava.modeling_llava import name_in_memory
 from vir_hf.row_cache import flat_batches
 
 if TYPE_CHECKING:
@@ -483,7 +484,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     else:
         unexpected, loaded = [], set()
         for path in sorted(folder.glob("model*.safetensors")):
-            state = {_name_in_memory(name): tensor for name, tensor in load_file(path).items()}
+            state = {name_in_memory(name): tensor for name, tensor in load_file(path).items()}
             loaded |= copy_in(model, state, folder)
     missing = [
         name
@@ -512,22 +513,6 @@ def copy_in(model: nn.Module, state: dict[str, torch.Tensor], folder: Path) -> s
             target.copy_(tensor)
         written.add(target.data_ptr())
     return written
-
-
-_LAYOUT = (
-    ("language_model.lm_head.", "lm_head."),
-    ("language_model.model.", "model.language_model."),
-    ("vision_tower.vision_model.", "model.vision_tower."),
-    ("multi_modal_projector.", "model.multi_modal_projector."),
-)
-
-
-def _name_in_memory(name: str) -> str:
-    """The in-memory name of a weight saved in the Hub's key layout."""
-    for saved, in_memory in _LAYOUT:
-        if name.startswith(saved):
-            return in_memory + name[len(saved) :]
-    return name
 
 
 # What DeepSpeed's optimizer files name beside tensors and plain values.

@@ -11,8 +11,6 @@ if TYPE_CHECKING:
     from vir_hf.llava.processing_llava import LlavaProcessor
     from vir_hf.recipe import Recipe
 
-_TOWERS_WITH_CLASS_TOKEN = ("clip", "clip_vision_model")
-
 
 def make_row_processor(tokenizer_name: str, template: str = "vicuna_v1", num_image_tokens: int = 576) -> Any:
     """Return a tokenizer with a template, which is enough for `encode_row` (it has no image processor).
@@ -53,19 +51,23 @@ def load_recipe_processor(recipe: Recipe) -> LlavaProcessor:
             "model: nothing says how rows are tokenised. Set model.name_or_path, or model.language_model and "
             "model.vision_tower."
         )
-    tokenizer_name = wanted.tokenizer or wanted.language_model
-    tokenizer = _load(_auto("AutoTokenizer"), tokenizer_name, "model.tokenizer", legacy=False)
+    from vir_hf.llava.configuration_llava import has_class_token, select_strategy
+    from vir_hf.model_configs import check_vision_tower, read_config
+
+    name, revision = wanted.tokenizer_source()
+    options = {"legacy": False, "revision": revision, "trust_remote_code": wanted.trust_remote_code}
+    tokenizer = _load(_auto("AutoTokenizer"), str(name), "model.tokenizer", **options)
     image_processor = _load(_auto("AutoImageProcessor"), wanted.vision_tower, "model.vision_tower")
-    config = _load(_auto("AutoConfig"), wanted.vision_tower, "model.vision_tower")
-    has_class_token = config.model_type in _TOWERS_WITH_CLASS_TOKEN
-    strategy = wanted.vision_feature_select_strategy
+    config, _ = read_config(wanted.vision_tower, "model.vision_tower")
+    check_vision_tower(config, wanted.vision_tower)
+    config = getattr(config, "vision_config", config)
     return LlavaProcessor.from_components(
         tokenizer,
         image_processor,
         wanted.template,
-        patch_size=getattr(config, "vision_config", config).patch_size,
-        vision_feature_select_strategy=strategy if strategy != "auto" else "default" if has_class_token else "full",
-        num_additional_image_tokens=int(has_class_token),
+        patch_size=config.patch_size,
+        vision_feature_select_strategy=select_strategy(config, wanted.vision_feature_select_strategy),
+        num_additional_image_tokens=int(has_class_token(config)),
         image_aspect_ratio=wanted.image_aspect_ratio,
     )
 

@@ -10,20 +10,19 @@ import json
 import logging
 import warnings
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import huggingface_hub
 import torch
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig
-from transformers.utils import logging as transformers_logging
+from transformers import PretrainedConfig
 
 from vir_hf.errors import RecipeError
-from vir_hf.known_configs import KNOWN_CONFIGS
-from vir_hf.llava.configuration_llava import LlavaConfig
+from vir_hf.language_models import judge_language_model
+from vir_hf.llava.configuration_llava import LlavaConfig, select_strategy
+from vir_hf.llava.configuration_llava import num_image_tokens as tokens_of_image
 from vir_hf.llava.modeling_llava import LlavaForCausalLM
+from vir_hf.model_configs import check_vision_tower, check_whole_model, read_config
+from vir_hf.quantization import NOT_QUANTIZED
 from vir_hf.trainable import make_trainable, part_of
 
 if TYPE_CHECKING:
@@ -159,7 +158,6 @@ def _describe(recipe: Recipe, dtype: torch.dtype) -> ModelShape:
     config, sources = load_configs(recipe)
     with torch.device("meta"):
         model = LlavaForCausalLM(config).to(dtype)
-    has_class_token = hasattr(model.model.vision_tower.embeddings, "class_embedding")
     quantised = _quantised_weights(model, recipe)
     trained = _quietly_make_trainable(model, recipe)
     weights = _weight_groups(trained, quantised, recipe)
@@ -170,8 +168,6 @@ def _describe(recipe: Recipe, dtype: torch.dtype) -> ModelShape:
     layers = config.vision_feature_layer
     selected = [layers] if isinstance(layers, int) else list(layers)
     depths = [layer if layer >= 0 else vision.num_hidden_layers + 1 + layer for layer in selected]
-    num_patches = (vision.image_size // vision.patch_size) ** 2
-    keeps_class_token = has_class_token and config.vision_feature_select_strategy == "full"
     head = plain.get_output_embeddings()
     return ModelShape(
         weights=weights,
@@ -179,8 +175,8 @@ def _describe(recipe: Recipe, dtype: torch.dtype) -> ModelShape:
         vision=_block(list(tower.encoder.layers), vision, max(depths)),
         vocab_size=head.weight.shape[0],
         image_size=vision.image_size,
-        num_tower_tokens=num_patches + has_class_token,
-        num_image_tokens=num_patches + keeps_class_token,
+        num_tower_tokens=tokens_of_image(vision, "full"),
+        num_image_tokens=tokens_of_image(vision, config.vision_feature_select_strategy),
         vision_width=vision.hidden_size * len(selected),
         head_is_trained=bool(head.weight.requires_grad),
         file_dtype=str(text.dtype).removeprefix("torch.") if getattr(text, "dtype", None) else None,
@@ -196,34 +192,31 @@ def load_configs(recipe: Recipe) -> tuple[LlavaConfig, tuple[str, ...]]:
         RecipeError: neither fetched nor known, or not a model that can be joined.
     """
     wanted = recipe.model
+    options: dict[str, Any] = {"trust_remote_code": wanted.trust_remote_code}
     if wanted.name_or_path:
-        config, source = _load_config(wanted.name_or_path, "model.name_or_path", recipe)
-        if getattr(config, "vision_config", None) is None or getattr(config, "text_config", None) is None:
-            raise RecipeError(
-                f"model.name_or_path={wanted.name_or_path}: its model type is {config.model_type!r}, not a LLaVA model. For a "
-                "language model alone set model.language_model and model.vision_tower."
-            )
+        config, source = read_config(
+            wanted.name_or_path, "model.name_or_path", revision=wanted.revision, **options, takes_known=True
+        )
+        if source.endswith("config.json"):
+            check_whole_model(config, wanted.name_or_path, "model.name_or_path", wanted.revision)
         return config, (source,)
     if not wanted.language_model or not wanted.vision_tower:
         raise RecipeError(
             f"experiment {recipe.experiment.name}: names no model to plan for. Set model.name_or_path, or model.language_model "
             "and model.vision_tower."
         )
-    text, text_source = _load_config(wanted.language_model, "model.language_model", recipe)
-    vision, vision_source = _load_config(wanted.vision_tower, "model.vision_tower", recipe)
+    text, text_source = read_config(
+        wanted.language_model, "model.language_model", revision=wanted.revision, **options, takes_known=True
+    )
+    judge_language_model(text, wanted.language_model)
+    text = copy.deepcopy(text)
+    vision, vision_source = read_config(wanted.vision_tower, "model.vision_tower", **options, takes_known=True)
+    check_vision_tower(vision, wanted.vision_tower)
     vision = getattr(vision, "vision_config", vision)
-    text = copy.deepcopy(getattr(text, "text_config", text))
-    for key, part, field, what in (
-        ("vision_tower", vision, "image_size", "CLIP or SigLIP vision model"),
-        ("language_model", text, "vocab_size", "causal language model"),
-    ):
-        if not hasattr(part, field):
-            raise RecipeError(f"model.{key}={getattr(wanted, key)}: is of type {part.model_type}; expected a {what}.")
-    has_class_token = vision.model_type.startswith("clip")
-    strategy = wanted.vision_feature_select_strategy
-    if strategy == "auto":
-        strategy = "default" if has_class_token else "full"
-    num_patches = (vision.image_size // vision.patch_size) ** 2
+    try:
+        strategy = select_strategy(vision, wanted.vision_feature_select_strategy)
+    except ValueError as error:
+        raise RecipeError(f"model.vision_tower={wanted.vision_tower}: {error}") from error
     # The image token is a new row, and rows are added up to a multiple of 64.
     image_token_id = text.vocab_size
     text.vocab_size = -(-(text.vocab_size + 1) // 64) * 64
@@ -231,11 +224,11 @@ def load_configs(recipe: Recipe) -> tuple[LlavaConfig, tuple[str, ...]]:
         text_config=text,
         vision_config=vision,
         image_token_id=image_token_id,
-        image_seq_length=num_patches + (1 if has_class_token and strategy == "full" else 0),
+        image_seq_length=tokens_of_image(vision, strategy),
         vision_feature_layer=wanted.vision_feature_layer,
         vision_feature_select_strategy=strategy,
         projector_type=wanted.projector_type,
-        tie_word_embeddings=bool(text.tie_word_embeddings),
+        tie_word_embeddings=bool(getattr(text, "tie_word_embeddings", False)),
     )
     return config, (text_source, vision_source)
 
@@ -245,54 +238,11 @@ def num_image_tokens(recipe: Recipe) -> int:
     return int(load_configs(recipe)[0].image_seq_length)
 
 
-def _load_config(name: str, key: str, recipe: Recipe) -> tuple[PretrainedConfig, str]:
-    """Return a model's config from a folder, the cache or the Hub; of a published model also from our own table."""
-    options = {"revision": recipe.model.revision, "trust_remote_code": recipe.model.trust_remote_code}
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        try:
-            return AutoConfig.from_pretrained(name, local_files_only=True, **options), f"{name}: its config.json"
-        except OSError:
-            if Path(name).is_dir() or not _is_hub_reachable():
-                raise
-            return AutoConfig.from_pretrained(name, **options), f"{name}: its config.json"
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        if name in KNOWN_CONFIGS and not Path(name).is_dir():
-            fields = dict(KNOWN_CONFIGS[name])
-            return (
-                AutoConfig.for_model(fields.pop("model_type"), **fields),
-                f"{name}: vir_hf's table of published sizes, because its config.json could not be fetched",
-            )
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise RecipeError(
-            f"{key}={name}: its config.json could not be read: {reason} Expected a folder with a config.json or a Hub id. "
-            "Offline, download it once with `hf download NAME config.json`; a gated model needs access and `hf auth login`; "
-            f"without either, plan for one of the known models: {', '.join(KNOWN_CONFIGS)}."
-        ) from error
-    finally:
-        transformers_logging.set_verbosity(level)
-
-
-@lru_cache
-def _is_hub_reachable() -> bool:
-    """Whether the Hub answers within seconds; its client would try for half a minute before it gives up."""
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=3)
-    except Exception as error:  # whichever HTTP client huggingface_hub is built on raises errors of its own
-        logger.info("the Hub does not answer (%s): using configs of the cache and our own table", error)
-        return False
-    return True
-
-
 def _quantised_weights(model: LlavaForCausalLM, recipe: Recipe) -> set[int]:
     """Identities of the weights that bitsandbytes would replace: the language model's linear layers, without the head."""
     if recipe.quantization.bits is None:
         return set()
-    skipped = recipe.quantization.arguments.get("llm_int8_skip_modules")
-    skipped = skipped or ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+    skipped = recipe.quantization.arguments.get("llm_int8_skip_modules") or NOT_QUANTIZED
     return {
         id(module.weight)
         for name, module in model.named_modules()

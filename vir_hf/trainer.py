@@ -25,6 +25,7 @@ from transformers.trainer_callback import ExportableState
 from trl import SFTConfig, SFTTrainer
 
 from vir_hf import checkpoints, resume
+from vir_hf.conversations import IGNORE
 from vir_hf.errors import RunError
 from vir_hf.files import discard, new_folder, write_json
 from vir_hf.fused_head import fuse_head
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-IGNORED = -100
 # What a batch may carry beside the model's inputs.
 _NOT_FOR_THE_MODEL = ("row_ids", "masked_rows", "row_numbers")
 
@@ -74,16 +74,16 @@ def compact_supervised(inputs: dict[str, Any]) -> dict[str, Any]:
     shift drops, so the usual shifted loss over the shorter row is the loss over the whole one.
     """
     labels = inputs["labels"]
-    positions = (labels[0, 1:] != IGNORED).nonzero().squeeze(1)
+    positions = (labels[0, 1:] != IGNORE).nonzero().squeeze(1)
     targets = labels[0, 1:][positions]
     if not len(positions):  # one scored position whose label is ignored: a loss of zero that still has a gradient
         positions = positions.new_zeros(1)
-        targets = labels.new_full((1,), IGNORED)
+        targets = labels.new_full((1,), IGNORE)
     filler = positions.new_zeros(1)
     return {
         **inputs,
         "supervised_positions": torch.cat([positions, filler]),
-        "labels": torch.cat([labels.new_full((1,), IGNORED), targets]).unsqueeze(0),
+        "labels": torch.cat([labels.new_full((1,), IGNORE), targets]).unsqueeze(0),
     }
 
 
@@ -213,7 +213,7 @@ class LlavaTrainer(SFTTrainer):
         """
         self.watch.arrived(self.state.global_step + 1)
         batches = [batch for step in batch_samples for batch in step["micro_batches"]]
-        supervised = sum(int((batch["labels"][..., 1:] != IGNORED).sum()) for batch in batches)
+        supervised = sum(int((batch["labels"][..., 1:] != IGNORE).sum()) for batch in batches)
         masked = [row for batch in batches for row in batch.get("masked_rows", ())]
         num_masked = len(masked) + len(self._since_log.masked_rows) + len(self.totals.masked_rows)
         counts = torch.tensor([supervised, num_masked], device=device)
@@ -332,7 +332,7 @@ class LlavaTrainer(SFTTrainer):
 
     def _count(self, batch: dict[str, Any]) -> None:
         """Add a micro-batch to the statistics."""
-        supervised = int((batch["labels"][..., 1:] != IGNORED).sum())
+        supervised = int((batch["labels"][..., 1:] != IGNORE).sum())
         mask = batch.get("attention_mask")
         computed = batch["input_ids"].numel()
         self._since_log.add(

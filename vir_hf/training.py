@@ -23,9 +23,10 @@ from vir_hf.data import load_recipe_rows, share_of_stream
 from vir_hf.errors import RecipeError
 from vir_hf.features import cache_for_training
 from vir_hf.fused_lora import fuse_lora
+from vir_hf.language_models import fit_to_language_model
 from vir_hf.lean_layers import make_lean
 from vir_hf.llava.processing_llava import LlavaProcessor
-from vir_hf.loading import Precision, choose_precision, describe_precision, keep_base, load_model_and_processor
+from vir_hf.loading import Precision, describe_precision, keep_base, load_model_and_processor, precision_of
 from vir_hf.merging import merged_base
 from vir_hf.picture_check import leave_out_broken_pictures
 from vir_hf.planning import measure_rows, plan_steps
@@ -69,12 +70,8 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> dict[str
 
 def _train(recipe: Recipe, signals: StopOnSignal, callbacks: Sequence[TrainerCallback]) -> dict[str, Any]:
     engine_check.avoid_compiling(use_cpu=bool(recipe.training.use_cpu))
-    precision = choose_precision(
-        recipe.model.dtype,
-        use_cpu=bool(recipe.training.use_cpu),
-        bf16=recipe.training.arguments.get("bf16"),
-        fp16=recipe.training.arguments.get("fp16"),
-    )
+    recipe = fit_to_language_model(recipe)
+    precision = precision_of(recipe)
     arguments = training_arguments(recipe, precision)
     if arguments.process_index == 0:
         warn_if_too_large(recipe)

@@ -35,10 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from vir_hf.data import load_recipe_rows
     from vir_hf.features import cache_for_training
-    from vir_hf.loading import choose_precision, load_model_and_processor
+    from vir_hf.loading import load_model_and_processor, precision_of
     from vir_hf.training import training_arguments
 
-    precision = choose_precision(recipe.model.dtype, use_cpu=bool(recipe.training.use_cpu))
+    precision = precision_of(recipe)
     arguments = training_arguments(recipe, precision)
     model, processor = load_model_and_processor(recipe, precision)
     rows = load_recipe_rows(recipe)

@@ -93,9 +93,11 @@ def prove(recipe: Any, num_rows: int) -> list[dict[str, Any]]:
 
     from vir_hf.data import load_recipe_rows
     from vir_hf.exactness import compare_ways
+    from vir_hf.language_models import fit_to_language_model
     from vir_hf.loading import Precision, load_model_and_processor
     from vir_hf.trainable import make_trainable
 
+    recipe = fit_to_language_model(recipe)
     recipe.quantization.arguments.clear()  # 4-bit weights compute in 16 bit, too coarse for a proof
     torch.manual_seed(0)
     model, processor = load_model_and_processor(recipe, Precision(torch.float32, None, "a proof is in fp32"))
@@ -107,7 +109,9 @@ def prove(recipe: Any, num_rows: int) -> list[dict[str, Any]]:
         trained.enable_input_require_grads()
         trained.activation_checkpointing_enable({"use_reentrant": False})
     chosen = [rows[number] for number in range(min(num_rows, len(rows)))]
-    comparisons = compare_ways(trained, processor, chosen, recipe.training.max_length)
+    comparisons = compare_ways(
+        trained, processor, chosen, recipe.training.max_length, padding_free=recipe.training.padding_free
+    )
     return [{**dataclasses.asdict(entry), "is_exact": entry.is_exact} for entry in comparisons]
 
 

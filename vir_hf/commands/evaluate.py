@@ -137,7 +137,7 @@ def _before_tuning(run: Path, answerer: Answerer) -> Iterator[Answerer]:
         RecipeError: the run has no recipe, or its parts are not there any more.
     """
     from vir_hf.inference import Answerer
-    from vir_hf.loading import choose_precision, load_model_and_processor
+    from vir_hf.loading import Precision, load_model_and_processor
     from vir_hf.recipe import load_recipe
 
     if hasattr(answerer.model, "disable_adapter"):
@@ -151,9 +151,8 @@ def _before_tuning(run: Path, answerer: Answerer) -> Iterator[Answerer]:
         )
     recipe = load_recipe(recipe_file=recipe_file, require_data=False)
     device = next(answerer.model.parameters()).device
-    model, processor = load_model_and_processor(
-        recipe, choose_precision(recipe.model.dtype, use_cpu=device.type == "cpu")
-    )
+    same = Precision(answerer.model.dtype, None, "the run's own, to compare with")
+    model, processor = load_model_and_processor(recipe, same)
     yield Answerer(model.to(device), processor)
 
 

@@ -71,8 +71,10 @@ def main(argv: list[str]) -> int:
 def _plan(recipe: Recipe, arguments: Any) -> Plan:
     from vir_hf import hardware, memory
     from vir_hf.dataset_statistics import estimate_statistics
+    from vir_hf.language_models import fit_to_language_model
     from vir_hf.shapes import num_image_tokens
 
+    recipe = fit_to_language_model(recipe)
     statistics, _ = estimate_statistics(recipe, num_image_tokens(recipe))
     tflops, source = arguments.tflops, "stated with --tflops"
     if arguments.measure and tflops is None:

@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import json
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,17 +27,38 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaModelOutputWithPast
 
 from .attention import SegmentLayout, segment_mask_sentinel, use_segment_attention
-from .configuration_llava import NATIVE_PROJECTOR_TYPE, LlavaConfig, projector_type_of
+from .configuration_llava import (
+    NATIVE_PROJECTOR_TYPE,
+    LlavaConfig,
+    num_image_tokens,
+    projector_type_of,
+    select_strategy,
+)
+from .logits import absorb_logit_factor, forget_logit_words, logit_factor
 from .projectors import build_projector
+
+# Prefixes of llava-hf's key names, and of the same weights in memory.
+HUB_LAYOUT = {
+    "language_model.lm_head.": "lm_head.",
+    "language_model.model.": "model.language_model.",
+    "vision_tower.vision_model.": "model.vision_tower.",
+    "multi_modal_projector.": "model.multi_modal_projector.",
+}
+
+
+def name_in_memory(name: str) -> str:
+    """Return the in-memory name of a weight saved in the Hub's key layout; any other name unchanged."""
+    for saved, in_memory in HUB_LAYOUT.items():
+        if name.startswith(saved):
+            return in_memory + name[len(saved) :]
+    return name
 
 
 def _hub_layout() -> list[WeightRenaming]:
-    """llava-hf's key names -> the names in memory. Reversed on saving, which is what vLLM and older readers expect."""
+    """`HUB_LAYOUT` for transformers, which reverses it on saving: what vLLM and older readers expect."""
     return [
-        WeightRenaming(source_patterns=r"^language_model\.lm_head", target_patterns="lm_head"),
-        WeightRenaming(source_patterns=r"^language_model\.model\.", target_patterns="model.language_model."),
-        WeightRenaming(source_patterns=r"^vision_tower\.vision_model\.", target_patterns="model.vision_tower."),
-        WeightRenaming(source_patterns=r"^multi_modal_projector", target_patterns="model.multi_modal_projector"),
+        WeightRenaming(source_patterns=f"^{re.escape(saved)}", target_patterns=in_memory)
+        for saved, in_memory in HUB_LAYOUT.items()
     ]
 
 
@@ -125,9 +147,21 @@ class LlavaModel(NativeLlavaModel):
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
         """`(num_images, num_patches, vision_hidden)` -> `(num_images, num_patches, text_hidden)`."""
-        weight = self.multi_modal_projector.linear_1.weight  # under PEFT the copy that is trained, which is fp32
+        weight = next(self.projector_in_use().parameters(), features)
         dtype = weight.dtype if weight.is_floating_point() else features.dtype
         return self.multi_modal_projector(features.to(dtype))
+
+    def projector_in_use(self) -> nn.Module:
+        """The projector that runs: under PEFT the copy that is trained, which is fp32, unless adapters are switched off."""
+        projector: Any = self.multi_modal_projector
+        copies = getattr(projector, "modules_to_save", None)
+        if not isinstance(copies, nn.ModuleDict):
+            return projector  # type: ignore[no-any-return]
+        active = projector.active_adapter
+        name = active if isinstance(active, str) else next(iter(active), "")
+        is_original = projector.disable_adapters or name not in copies
+        in_use: nn.Module = projector.original_module if is_original else copies[name]
+        return in_use
 
     def get_image_features(
         self,
@@ -345,6 +379,7 @@ class LlavaForCausalLM(LlavaForConditionalGeneration):
     def __init__(self, config: NativeLlavaConfig):
         # Not the parent's own __init__, which would build and drop a whole model of the native class first.
         super(LlavaForConditionalGeneration, self).__init__(config)
+        forget_logit_words(config.text_config)
         self.model = LlavaModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
@@ -373,7 +408,8 @@ class LlavaForCausalLM(LlavaForConditionalGeneration):
         """Return a model made of a causal language model and a vision tower; only the projector is new.
 
         Args:
-            language_model: any causal LM of transformers with an inner base model and a linear head without bias.
+            language_model: any causal LM of transformers with an inner base model and a linear head without bias; a factor
+                on its logits goes into the weights of its last norm.
             vision_tower: CLIP's or SigLIP's vision model (a full CLIP or SigLIP model gives its vision part).
             projector_type: a key of `PROJECTORS`.
             image_token_id: the tokenizer's id of `<image>`; the first id past the vocabulary by default.
@@ -382,14 +418,9 @@ class LlavaForCausalLM(LlavaForConditionalGeneration):
             vocab_size: rows of the embedding afterwards, padded to a multiple of 64; grown only as needed if `None`.
 
         Raises:
-            ValueError: a language model without a head, or with a bias in it; an unknown projector.
+            ValueError: a language model whose logits are more than a factor times a head without bias; an unknown projector.
         """
-        head = language_model.get_output_embeddings()
-        if head is None or getattr(head, "bias", None) is not None:
-            raise ValueError(
-                f"{type(language_model).__name__} has {'no head' if head is None else 'a bias in its head'}; a LLaVA model "
-                "needs a causal language model with a linear head without bias, as Llama, Mistral, Qwen and SmolLM have."
-            )
+        absorb_logit_factor(language_model, logit_factor(type(language_model), language_model.config))
         vision_tower = getattr(vision_tower, "vision_model", vision_tower)
         text_config = copy.deepcopy(language_model.config)
         embeddings = language_model.get_input_embeddings()
@@ -401,18 +432,16 @@ class LlavaForCausalLM(LlavaForConditionalGeneration):
                 max(vocab_size or 0, image_token_id + 1), pad_to_multiple_of=64, mean_resizing=True
             )
         text_config.vocab_size = language_model.get_input_embeddings().weight.shape[0]
-        has_class_token = hasattr(vision_tower.embeddings, "class_embedding")
-        strategy = vision_feature_select_strategy or ("default" if has_class_token else "full")
-        num_patches = (vision_tower.config.image_size // vision_tower.config.patch_size) ** 2
+        strategy = select_strategy(vision_tower.config, vision_feature_select_strategy)
         config = LlavaConfig(
             vision_config=vision_tower.config,
             text_config=text_config,
             image_token_index=image_token_id,
-            image_seq_length=num_patches + (1 if has_class_token and strategy == "full" else 0),
+            image_seq_length=num_image_tokens(vision_tower.config, strategy),
             vision_feature_layer=vision_feature_layer,
             vision_feature_select_strategy=strategy,
             projector_type=projector_type,
-            tie_word_embeddings=bool(text_config.tie_word_embeddings),
+            tie_word_embeddings=bool(getattr(text_config, "tie_word_embeddings", False)),
         )
         dtype = language_model.dtype
         with torch.device("meta"):
@@ -475,7 +504,7 @@ def _finish_config(folder: Path, is_native: bool) -> None:
             "AutoModelForCausalLM": "modeling_llava.LlavaForCausalLM",
             "AutoModelForImageTextToText": "modeling_llava.LlavaForCausalLM",
         }
-        for name in ("configuration_llava.py", "projectors.py", "attention.py", "modeling_llava.py"):
+        for name in ("configuration_llava.py", "projectors.py", "attention.py", "logits.py", "modeling_llava.py"):
             source = Path(__file__).with_name(name)
             (folder / name).write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
