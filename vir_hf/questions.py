@@ -72,10 +72,10 @@ def look_at_picture(source: ImageSource, folder: str | ImageFolder) -> ImageSour
     Raises:
         ImageError: as `open_image`.
     """
+    if isinstance(source, dict) and source.get("bytes") is None and source.get("path"):
+        source = str(source["path"])
     if isinstance(source, Image.Image):
         return source
-    if isinstance(source, dict) and source.get("bytes") is None and source.get("path"):
-        source = source["path"]
     if isinstance(source, (str, os.PathLike)):
         images = folder if isinstance(folder, ImageFolder) else ImageFolder(folder)
         place = images.locate(os.fspath(source))
