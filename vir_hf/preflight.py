@@ -14,20 +14,13 @@ import torch
 
 from vir_hf import checkpoints, files, resume
 from vir_hf.errors import RecipeError
+from vir_hf.requirements import check_requirements, check_tracker_packages, trackers_of
 
 if TYPE_CHECKING:
     from vir_hf.recipe import Recipe
     from vir_hf.trainer import LlavaTrainer
 
 logger = logging.getLogger(__name__)
-
-_TRACKER_PACKAGES = {
-    "wandb": "wandb",
-    "tensorboard": "tensorboard",
-    "trackio": "trackio",
-    "mlflow": "mlflow",
-    "comet_ml": "comet_ml",
-}
 
 
 def check_machine(recipe: Recipe, *, world_size: int) -> None:
@@ -36,15 +29,11 @@ def check_machine(recipe: Recipe, *, world_size: int) -> None:
     Raises:
         RecipeError: what would fail, and the remedy.
     """
+    check_requirements(recipe, world_size=world_size)
     check_output_dir(Path(recipe.training.output_dir))
     check_trackers(recipe.training.report_to)
     if recipe.training.push_to_hub:
         check_hub(recipe.training.hub_model_id)
-    if recipe.training.on_out_of_memory == "split" and world_size > 1:
-        raise RecipeError(
-            f"training.on_out_of_memory=split: works with one process, found {world_size}: while one begins its step again, the "
-            "others wait for it in the middle of theirs. Set training.on_out_of_memory=raise."
-        )
 
 
 def check_output_dir(output_dir: Path) -> None:
@@ -62,21 +51,9 @@ def check_output_dir(output_dir: Path) -> None:
 
 def check_trackers(report_to: Any) -> None:
     """Raise for a tracker that is not installed or would stop the run for want of a login."""
-    import importlib.util
-
-    names = [report_to] if isinstance(report_to, str) else list(report_to or [])
-    if names == ["all"]:  # of all there are, upstream takes those that are installed
-        names = [name for name, package in _TRACKER_PACKAGES.items() if importlib.util.find_spec(package) is not None]
-    for name in names:
-        package = _TRACKER_PACKAGES.get(name)
-        if package and importlib.util.find_spec(package) is None:
-            alternative = " or torch.utils.tensorboard's" if name == "tensorboard" else ""
-            raise RecipeError(
-                f"training.report_to={name}: the package {package}{alternative} is not installed. pip install {package}, or set "
-                "training.report_to=none."
-            )
-        if name == "wandb":
-            _check_wandb()
+    check_tracker_packages(report_to)
+    if "wandb" in trackers_of(report_to):
+        _check_wandb()
 
 
 def _check_wandb() -> None:
