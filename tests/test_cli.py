@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from vir_hf import __version__, cli
-from vir_hf.cli import COMMANDS, Command
+from vir_hf.cli import COMMANDS
 from vir_hf.errors import DataError, RecipeError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -218,12 +218,3 @@ def test_recipes_of_ones_own_are_listed(tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "experiment" / "broken.yaml").write_text("a: [\n")
     assert cli.main(["recipes", "--recipes-dir", str(tmp_path)]) == 2
     assert "broken.yaml: cannot be read as YAML" in capsys.readouterr().err
-
-
-def test_a_command_whose_module_is_missing_is_not_there(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(COMMANDS, "later", Command("vir_hf.commands.later", "not yet"))
-    assert "later" not in cli.usage()
-    assert cli.main(["later"]) == 2
-    assert "unknown command 'later'" in capsys.readouterr().err
