@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 import subprocess
@@ -88,6 +89,74 @@ def test_samples_show_every_picture_once(tmp_path: Path) -> None:
     places = {str((tmp_path / f"{number}.png").resolve()) for number in range(4)}
     assert {cases[number].picture for number in choose_samples(cases, 6)} == places
     assert len(choose_samples(cases, 2)) == 2
+
+
+def test_a_picture_is_shown_once_whatever_it_is_called(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    for name, colour in (("a.png", "red"), ("sub/a.png", "blue")):
+        Image.new("RGB", (8, 8), colour).save(tmp_path / name)
+    data = base64.b64encode((tmp_path / "a.png").read_bytes()).decode()
+    images = ["a.png", "./a.png", "sub/../a.png", "sub/a.png", f"data:image/png;base64,{data}", data]
+    keys = ["image", "images", "img", "image", "image", "image_path"]
+    rows = [
+        {"id": str(number), key: [image] if key == "images" else image, "question": "?", "answer": "!"}
+        for number, (key, image) in enumerate(zip(keys, images, strict=True))
+    ]
+    cases = read_cases(rows, str(tmp_path))
+    shown = choose_samples(cases, 6)
+    assert len(shown) == 3 and 3 in shown and sum(number < 3 for number in shown) == 1
+
+
+def earlier_turn_rows(folder: Path) -> Path:
+    """Write two rows whose image stands in the first of two turns, one text-only row, and the images."""
+    rows = []
+    for number, colour in enumerate(("red", "blue")):
+        Image.new("RGB", (32, 32), colour).save(folder / f"{colour}.png")
+        turns = ["<image>\nWhich colour?", colour, "Is it bright?", "yes"]
+        roles = ("human", "gpt") * 2
+        talk = [{"from": role, "value": value} for role, value in zip(roles, turns, strict=True)]
+        rows.append({"id": str(number), "image": f"{colour}.png", "conversations": talk})
+    rows.append({"id": "text", "question": "?", "answer": "!"})
+    (folder / "earlier.json").write_text(json.dumps(rows))
+    return folder / "earlier.json"
+
+
+def test_rows_whose_picture_is_in_an_earlier_turn_are_asked_with_it_and_shown(tiny_run: Path, tmp_path: Path) -> None:
+    data, run = earlier_turn_rows(tmp_path), tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    call = [
+        "evaluate",
+        str(run),
+        "--data",
+        str(data),
+        "--blind",
+        "--before",
+        "--max-new-tokens",
+        "4",
+        "--device",
+        "cpu",
+    ]
+    assert cli.main(call) == 0
+    samples = json.loads((run / "samples.json").read_text())
+    assert {sample["question"] for sample in samples} == {"Is it bright?"} and len(samples) == 2
+    colours = {Image.open(run / sample["image"]).convert("RGB").resize((1, 1)).getpixel((0, 0)) for sample in samples}
+    assert {max(range(3), key=colour.__getitem__) for colour in colours} == {0, 2}  # one red, one blue
+    assert {it["num_rows"] for it in json.loads((run / "evaluation.json").read_text())["results"]} == {3}
+    cases = read_cases(json.loads(data.read_text()), str(tmp_path))
+    answerer = Answerer.load(str(run), device="cpu")
+    assert len(answerer.encode(cases[0].open()).pixel_values) == 1
+    grey = blanked(cases[0].open()).all_images()[0]
+    assert isinstance(grey, Image.Image) and grey.getpixel((0, 0)) == (127, 127, 127)
+
+
+def test_a_file_of_questions_whose_picture_is_in_an_earlier_turn_is_answered(tiny_run: Path, tmp_path: Path) -> None:
+    data, output = earlier_turn_rows(tmp_path), tmp_path / "answers.jsonl"
+    call = ["answer", str(tiny_run), "--input", str(data), "--output", str(output), "--max-new-tokens", "4"]
+    assert cli.main([*call, "--device", "cpu"]) == 0
+    given = {row["id"]: row["answer"] for row in map(json.loads, output.read_text().splitlines())}
+    cases = read_cases(json.loads(data.read_text()), str(tmp_path))
+    answerer = Answerer.load(str(tiny_run), device="cpu")
+    assert given == {case.id: answerer.answer_batch([case.open()], max_new_tokens=4)[0] for case in cases}
 
 
 def test_earlier_results_about_other_data_stay(tmp_path: Path) -> None:
