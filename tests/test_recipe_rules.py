@@ -74,6 +74,10 @@ REFUSED: list[tuple[list[str], str, str]] = [
     (["training.dataloader_num_workers=0", "training.dataloader_prefetch_factor=2"], "training.dataloader_pre", "=null"),
     (["training.push_to_hub=true", "training.hub_model_id=a/b/c"], "training.hub_model_id: found", "OWNER/NAME"),
     (["training.bf16_full_eval=true", "training.fp16_full_eval=true"], "training.fp16_full_eval: true", "Keep one"),
+    (["training.log_level=loud"], "training.log_level: found 'loud'", "expected one of passive"),
+    (["training.debug=all"], "training.debug: found 'all'", "underflow_overflow"),
+    (["training.torch_compile_mode=fast"], "training.torch_compile_mode: found 'fast'", "max-autotune"),
+    (["quantization=nf4", "quantization.bnb_4bit_quant_type=nf5"], "quantization.bnb_4bit_quant_type", "Did you mean nf4"),
     (["training.seed=-1"], "training.seed: found -1", "0 or more"),
     (["training.adam_beta1=2"], "training.adam_beta1: found 2", "at most 1"),
     (["training.torch_empty_cache_steps=0"], "training.torch_empty_cache_steps: found 0", "1 or more"),
@@ -134,13 +138,15 @@ def test_several_processes_are_counted_before_torch_is_loaded(tmp_path: Path) ->
     split = [*BASE, "training.on_out_of_memory=split"]
     stream = [*BASE, "data.streaming=true", "training.max_steps=1", "training.max_tokens_per_batch=4096"]
     stream += ["training.gradient_accumulation_steps=null"]
-    seen = told(
-        [["train", *split], ["train", *stream], ["launch", "--num-gpus", "2", *split]], tmp_path, WORLD_SIZE="2"
-    )
+    odd = [*BASE, "training.global_batch_size=3", "training.per_device_train_batch_size=1"]
+    odd += ["training.gradient_accumulation_steps=null"]
+    calls = [["train", *split], ["train", *stream], ["launch", "--num-gpus", "2", *split], ["train", *odd]]
+    seen = told(calls, tmp_path, WORLD_SIZE="2")
     lines = [line for _, line, _ in seen]
     assert "works with one process, found 2" in lines[0] and "works with one process, found 2" in lines[2]
     assert "gives each process another number of micro-batches" in lines[1]
-    assert [(code, heavy) for code, _, heavy in seen] == [(2, [])] * 3
+    assert [(code, heavy) for code, _, heavy in seen] == [(2, [])] * 4
+    assert "cannot be shared evenly by 2 processes" in lines[3]
 
 
 @pytest.mark.parametrize(

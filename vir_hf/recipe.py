@@ -300,6 +300,10 @@ def schema() -> dict[str, dict[str, upstream.Argument]]:
         section: {**passed_through.get(section, {}), **_own_arguments(section_class)}
         for section, section_class in _SECTIONS.items()
     }
+    for key, words in recipe_keys.WORDS.items():
+        section, _, name = key.partition(".")
+        if name in known[section]:
+            known[section][name] = dataclasses.replace(known[section][name], choices=words)
     # These two dictionaries are where a new word is added; their modules are too heavy to import for a typo.
     package = Path(__file__).parent
     for name, file, dictionary, more in (

@@ -99,6 +99,18 @@ RENAMED: dict[str, str] = {
     "bf16_compute": "model.dtype",
 }
 
+# The words of upstream arguments whose type says only that they are texts; another one fails late, in a traceback.
+WORDS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(
+        ("training.log_level", "training.log_level_replica"),
+        ("passive", "detail", "debug", "info", "warning", "error", "critical"),
+    ),
+    "training.debug": ("", "underflow_overflow", "tpu_metrics_debug"),
+    "training.include_num_input_tokens_seen": ("no", "all", "non_padding"),
+    "training.torch_compile_mode": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+    "quantization.bnb_4bit_quant_type": ("fp4", "nf4"),
+}
+
 _LOWEST: dict[str, float] = {
     "training.learning_rate": 0,
     "training.weight_decay": 0,

@@ -455,3 +455,32 @@ def _num_patches(recipe: Recipe) -> int | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
         found = re.search(r"-patch(\d+)-(\d{3})(?:-|$)", name)  # CLIP's and SigLIP's way to name their towers
         return (int(found[2]) // int(found[1])) ** 2 if found else None
+
+
+def global_batch_size(recipe: Recipe, world_size: int) -> int:
+    """Return how many rows an optimizer step holds on this layout.
+
+    Raises:
+        RecipeError: rows a micro-batch, micro-batches and processes do not multiply to `training.global_batch_size`.
+    """
+    training = recipe.training
+    per_device, wanted = training.per_device_train_batch_size or 1, training.global_batch_size
+    accumulation = training.arguments.get("gradient_accumulation_steps")
+    if wanted is None:
+        return int(per_device * (accumulation or 1) * world_size)
+    if accumulation is not None and per_device * accumulation * world_size != wanted:
+        fitting = [a for a in range(1, wanted + 1) if per_device * a * world_size == wanted]
+        raise RecipeError(
+            f"training.global_batch_size={wanted} rows a step, but training.per_device_train_batch_size={per_device} x "
+            f"training.gradient_accumulation_steps={accumulation} x {world_size} processes = "
+            f"{per_device * accumulation * world_size}. "
+            + (f"Set training.gradient_accumulation_steps={fitting[0]}, " if fitting else "Change one of the numbers, ")
+            + "or leave it out."
+        )
+    if wanted % world_size:
+        above = -(-wanted // world_size) * world_size
+        raise RecipeError(
+            f"training.global_batch_size={wanted} cannot be shared evenly by {world_size} processes. Set it to "
+            f"{above if above == world_size else f'{above - world_size} or {above}'}, or start another number of processes."
+        )
+    return int(wanted)

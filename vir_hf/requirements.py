@@ -6,6 +6,7 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from vir_hf.errors import RecipeError
+from vir_hf.recipe_rules import global_batch_size
 
 if TYPE_CHECKING:
     from vir_hf.recipe import Recipe
@@ -58,7 +59,7 @@ def check_requirements(recipe: Recipe, *, world_size: int) -> None:
     """Raise for what this machine lacks, or what several processes cannot do; milliseconds.
 
     Raises:
-        RecipeError: naming the key, the package and the remedy.
+        RecipeError: a global batch that these processes cannot share; else naming the key, the package and the remedy.
     """
     training = recipe.training
     if training.on_out_of_memory == "split" and world_size > 1:
@@ -71,6 +72,7 @@ def check_requirements(recipe: Recipe, *, world_size: int) -> None:
             "training.max_tokens_per_batch: gives each process another number of micro-batches where rows are streamed. Set "
             "training.per_device_train_batch_size instead, or data.streaming=false."
         )
+    global_batch_size(recipe, world_size)
     check_tracker_packages(training.report_to)
     optimizer = training.arguments.get("optim", "")
     package = next((package for start, package in _OPTIMIZER_PACKAGES if optimizer.startswith(start)), None)

@@ -16,7 +16,8 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from vir_hf.errors import DataError
-from vir_hf.planning import global_batch_size, shares_prefixes, size_of_row
+from vir_hf.planning import shares_prefixes, size_of_row
+from vir_hf.recipe_rules import global_batch_size
 from vir_hf.sampling import RowSize, fill
 
 if TYPE_CHECKING:
