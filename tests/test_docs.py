@@ -157,7 +157,7 @@ def test_commands_shown_on_the_pages_exist_with_their_options() -> None:
         if len(words) < 2 or not re.fullmatch(r"[a-z-]+", words[1]):
             continue  # `vir-hf --help`, or the word COMMAND
         command = COMMANDS.get(words[1])
-        if command is None or not command.is_installed:
+        if command is None:
             wrong.append(f"{page}: vir-hf {words[1]}")
             continue
         module = command.module

@@ -12,8 +12,9 @@ from PIL import Image
 from vir_hf import DataError, RecipeError
 from vir_hf.data import load_recipe_rows
 from vir_hf.loading import choose_precision, load_model_and_processor
-from vir_hf.planning import global_batch_size, measure_rows, plan_steps
+from vir_hf.planning import measure_rows, plan_steps
 from vir_hf.recipe import load_recipe
+from vir_hf.recipe_rules import global_batch_size
 from vir_hf.training import train
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -40,15 +44,83 @@ def test_a_tracker_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> Non
     preflight.check_trackers("none")
 
 
-def test_wandb_without_a_login(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    with pytest.raises(RecipeError, match="wandb login"):
+def fake_wandb(monkeypatch: pytest.MonkeyPatch, *, netrc: dict[str, str], **settings: Any) -> None:
+    """Put a wandb in place that has these settings, and a netrc file with these keys by server."""
+    values = {"mode": "online", "base_url": "https://wandb.corp.example", "api_key": None, **settings}
+    package, auth = ModuleType("wandb"), ModuleType("wandb.sdk.lib.wbauth")
+    package.setup = lambda: SimpleNamespace(settings=SimpleNamespace(**values))  # type: ignore[attr-defined]
+    auth.read_netrc_auth = lambda *, host: netrc.get(host)  # type: ignore[attr-defined]
+    for name, module in (
+        ("wandb", package),
+        ("wandb.sdk", ModuleType("wandb.sdk")),
+        ("wandb.sdk.lib", ModuleType("lib")),
+    ):
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setitem(sys.modules, auth.__name__, auth)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name == "wandb" else None)
+
+
+def test_wandb_is_asked_whether_it_has_a_login(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_wandb(monkeypatch, netrc={"https://api.wandb.ai": "key"})
+    for report_to in ("wandb", ["wandb"], "all"):
+        with pytest.raises(RecipeError, match=r"nobody is logged in at https://wandb.corp.example. Run `wandb login`"):
+            preflight.check_trackers(report_to)
+    for settings in ({"api_key": "key"}, {"identity_token_file": "token"}, {"mode": "offline"}, {"mode": "disabled"}):
+        fake_wandb(monkeypatch, netrc={}, **settings)
         preflight.check_trackers("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
+    fake_wandb(monkeypatch, netrc={"https://wandb.corp.example": "key"})
     preflight.check_trackers("wandb")
+    monkeypatch.setattr(sys.modules["wandb"], "setup", lambda: (_ for _ in ()).throw(ValueError("a bad\nkey " * 99)))
+    with pytest.raises(RecipeError, match="wandb cannot be used as it is set up: a bad key") as error:
+        preflight.check_trackers("wandb")
+    assert len(str(error.value)) < 500
+
+
+KEY = "0123456789" * 4
+
+
+@pytest.mark.parametrize(
+    ("how", "is_fine"),
+    [
+        ("nothing", False),
+        ("key of another server", False),
+        ("netrc of the server", True),
+        ("NETRC", True),
+        ("WANDB_API_KEY", True),
+        ("WANDB_MODE", True),
+        ("wandb offline", True),
+    ],
+)
+def test_the_real_wandb_is_understood(how: str, is_fine: bool, tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_") and name != "NETRC"}
+    environment = {**kept, "HOME": str(tmp_path), "WANDB_BASE_URL": "https://wandb.corp.example"}
+
+    def netrc(name: str, machine: str) -> None:
+        (tmp_path / name).write_text(f"machine {machine}\n  login user\n  password {KEY}\n")
+        (tmp_path / name).chmod(0o600)
+
+    if how == "key of another server":
+        netrc(".netrc", "api.wandb.ai")
+    elif how == "netrc of the server":
+        netrc(".netrc", "wandb.corp.example")
+    elif how == "NETRC":
+        netrc("elsewhere", "wandb.corp.example")
+        environment["NETRC"] = str(tmp_path / "elsewhere")
+    elif how == "WANDB_API_KEY":
+        environment["WANDB_API_KEY"] = KEY
+    elif how == "WANDB_MODE":
+        environment["WANDB_MODE"] = "offline"
+    elif how == "wandb offline":
+        (tmp_path / "wandb").mkdir()
+        offline = [sys.executable, "-m", "wandb", "offline"]
+        subprocess.run(offline, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    code = "from vir_hf.preflight import check_trackers; check_trackers('wandb')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode == 0) is is_fine, done.stderr
+    assert is_fine or "nobody is logged in at https://wandb.corp.example" in done.stderr
 
 
 def test_pushing_offline_or_unknown_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,7 +159,7 @@ def test_every_command_named_is_a_command() -> None:
     from vir_hf.cli import COMMANDS
 
     for word in re.findall(r"`?vir-hf ([a-z]+)", README):
-        assert COMMANDS[word].is_installed, word
+        assert word in COMMANDS, word
 
 
 def test_every_linked_file_exists() -> None:

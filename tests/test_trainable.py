@@ -89,11 +89,10 @@ def test_gradients_are_exactly_on_the_chosen_parts(
 
 @pytest.mark.parametrize("projector", ["frozen", "full"])
 def test_lora_in_the_tower_of_a_fully_trained_language_model_is_refused(
-    projector: str, joined: Any, tiny_parts: Path, tmp_path: Path
+    projector: str, tiny_parts: Path, tmp_path: Path
 ):
-    recipe = recipe_for(tiny_parts, tmp_path, **how_changes("full", projector, "lora"))
     with pytest.raises(RecipeError, match="trainable.vision_tower=full, or trainable.language_model=lora"):
-        make_trainable(copy.deepcopy(joined[0]), recipe)
+        recipe_for(tiny_parts, tmp_path, **how_changes("full", projector, "lora"))
 
 
 @pytest.mark.parametrize("how", ["lora", "full"])
@@ -143,15 +142,6 @@ def test_targets_are_matched_inside_the_language_model_alone(
 def test_targets_that_match_nothing_name_what_there_is(joined: Any, tiny_parts: Path, tmp_path: Path):
     recipe = recipe_for(tiny_parts, tmp_path, **{"lora.target_modules": "[query_key_value]"})
     with pytest.raises(RecipeError, match=r"lora.target_modules=.*matches no linear layer of language_model.*q_proj"):
-        make_trainable(copy.deepcopy(joined[0]), recipe)
-
-
-@pytest.mark.parametrize("word", ["eva", "corda", "pissa_niter_4", "loftq"])
-def test_initialisations_that_loading_cannot_repeat_are_refused(
-    word: str, joined: Any, tiny_parts: Path, tmp_path: Path
-):
-    recipe = recipe_for(tiny_parts, tmp_path, **{"lora.init_lora_weights": word})
-    with pytest.raises(RecipeError, match=f"lora.init_lora_weights: {word}"):
         make_trainable(copy.deepcopy(joined[0]), recipe)
 
 

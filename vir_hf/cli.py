@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import importlib.util
 import logging
 import os
 import sys
@@ -27,11 +26,6 @@ class Command:
     module: str
     help: str
 
-    @property
-    def is_installed(self) -> bool:
-        """Whether the module is there; it is not imported to find out."""
-        return importlib.util.find_spec(self.module) is not None
-
     def load(self) -> Callable[[list[str]], int]:
         """Return the function that carries it out: arguments in, exit code out."""
         main: Callable[[list[str]], int] = importlib.import_module(self.module).main
@@ -39,7 +33,6 @@ class Command:
 
 
 COMMANDS = {
-    "quickstart": Command("vir_hf.commands.quickstart", "train a tiny model on drawn pictures and look at its answers"),
     "train": Command("vir_hf.train", "train from a recipe: experiment=NAME section.key=value ..."),
     "launch": Command("vir_hf.commands.launch", "train on several GPUs through accelerate"),
     "plan": Command("vir_hf.commands.plan", "memory and time a recipe needs, before any download"),
@@ -50,8 +43,6 @@ COMMANDS = {
     "demo": Command("vir_hf.commands.demo", "open the demo in a browser, on this machine"),
     "evaluate": Command("vir_hf.commands.evaluate", "measure a run on held-out rows, before and after tuning"),
     "merge": Command("vir_hf.commands.merge", "write adapter and projector into a plain checkpoint"),
-    "export": Command("vir_hf.commands.export", "write a checkpoint for llava-hf, original LLaVA or llama.cpp"),
-    "import": Command("vir_hf.commands.import_model", "read a checkpoint of the original LLaVA"),
     "push": Command("vir_hf.commands.push", "publish a run on the Hub with its card"),
     "space": Command("vir_hf.commands.space", "publish the demo as a Space"),
     "doctor": Command("vir_hf.commands.doctor", "check this machine, and that fast batches equal single rows"),
@@ -69,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"vir-hf {__version__}")
         return 0
     command = COMMANDS.get(words[0])
-    if command is None or not command.is_installed:
+    if command is None:
         return fail(_unknown_command(words[0]))
     return run(command.load, words[1:])
 
@@ -101,8 +92,8 @@ def fail(message: str) -> int:
 
 
 def usage() -> str:
-    """Return the help text: every command that is installed, with its line."""
-    lines = [f"  {word:<12}{command.help}" for word, command in COMMANDS.items() if command.is_installed]
+    """Return the help text: every command with its line."""
+    lines = [f"  {word:<12}{command.help}" for word, command in COMMANDS.items()]
     return "\n".join(
         [
             "usage: vir-hf COMMAND [arguments]",
@@ -119,12 +110,11 @@ def usage() -> str:
 
 def _unknown_command(word: str) -> str:
     """Return the message for a word that is no command, with the nearest one that is."""
-    known = [name for name, command in COMMANDS.items() if command.is_installed]
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(word, COMMANDS, n=1, cutoff=0.5)
     hint = f" Did you mean `vir-hf {near[0]}`?" if near else ""
     if "=" in word:
         hint = f" To train: vir-hf train {word}"
-    return f"unknown command {word!r}, expected one of {', '.join(known)}.{hint}"
+    return f"unknown command {word!r}, expected one of {', '.join(COMMANDS)}.{hint}"
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from vir_hf.errors import RecipeError
 from vir_hf.hardware import GIB, Device
 from vir_hf.layouts import LAYOUTS, Layout, bucket_bytes, gathered_bytes
 from vir_hf.loading import precision_on
-from vir_hf.planning import global_batch_size
+from vir_hf.recipe_rules import global_batch_size
 from vir_hf.shapes import describe
 
 if TYPE_CHECKING:

@@ -1,14 +1,14 @@
-"""How well a model answers questions it was not trained on: exact match, ROUGE-L, and the same without its pictures.
+"""How well a model answers questions it was not trained on, by `scoring.SCORERS`, and the same without its pictures.
 
 `evaluation.json` and `samples.json`, which the model card is made from, are written here and nowhere else.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import random
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,45 +19,52 @@ from vir_hf.checkpoints import OF_EVALUATION, run_folder
 from vir_hf.errors import DataError, shown
 from vir_hf.files import writing
 from vir_hf.identity import picture_identity
+from vir_hf.image_folder import ImageFolder
 from vir_hf.images import open_image
-from vir_hf.inference import Answerer, Question
-from vir_hf.questions import question_messages, row_question, row_references
+from vir_hf.inference import Answerer, Prompt, Question
+from vir_hf.questions import look_at_picture, row_question, row_references
+from vir_hf.scoring import NORMALISATION, is_empty, mean_scores
 
 EVALUATION = "evaluation.json"
 SAMPLES = "samples.json"
 SAMPLE_FOLDER = "samples"
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
-_NOT_WORDS = re.compile(r"[^\w\s-]")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One held-out row: its id, the question with its opened pictures, and the answers that count as right."""
+    """One held-out row.
+
+    Attributes:
+        id: the row's.
+        open: returns the question with its pictures opened. Each call opens them again: whoever calls it lets go of them
+            before the next, so that no number of rows takes more memory than one.
+        references: the answers that count as right.
+        picture: the identity of the first image of the conversation, if it has one.
+    """
 
     id: str
-    question: Question
+    open: Callable[[], Question]
     references: Sequence[str]
-    picture: str | None = None  # which image its first is
+    picture: Hashable | None = None
 
 
 def read_cases(rows: Sequence[Mapping[str, Any]], folder: str) -> list[Case]:
-    """Return the rows as cases.
+    """Return the rows as cases; every picture has been looked at, by its header, and none is kept.
 
     Raises:
         DataError: a row without question or right answer, or a picture that cannot be opened.
     """
+    images = ImageFolder(folder)
     cases = []
     for row in rows:
         try:
-            cases.append(Case(str(row["id"]), row_question(row, folder), row_references(row), _first_picture(row)))
+            looked_at = row_question(row, images, open_picture=look_at_picture).all_images()
+            first = picture_identity(looked_at[0]) if looked_at else None
+            open_again = functools.partial(row_question, row, images)
+            cases.append(Case(str(row["id"]), open_again, row_references(row), first))
         except DataError as error:
             raise DataError(f"row with id {shown(row['id'])}: {error}") from error
     return cases
-
-
-def _first_picture(row: Mapping[str, Any]) -> str | None:
-    images = question_messages(row)["images"]
-    return str(picture_identity(images[0])) if images else None
 
 
 def answer_cases(
@@ -75,13 +82,25 @@ def answer_cases(
         blank: show a grey picture of the same size in place of every picture: what can be guessed without looking.
         progress: called with the number of cases of each finished batch.
         generation: as `Answerer.answer`.
+
+    Raises:
+        DataError: a picture whose damage its header did not show, or a question too long for the model.
     """
     answers: list[str] = []
     for start in range(0, len(cases), batch_size):
-        questions = [case.question for case in cases[start : start + batch_size]]
-        answers += answerer.answer_batch([blanked(asked) if blank else asked for asked in questions], **generation)
-        progress(len(questions))
+        # Encoded one by one: of a picture only what the model reads of it outlives its row.
+        prompts = [_encode(answerer, case, blank) for case in cases[start : start + batch_size]]
+        answers += answerer.answer_prompts(prompts, **generation)
+        progress(len(prompts))
     return answers
+
+
+def _encode(answerer: Answerer, case: Case, blank: bool) -> Prompt:
+    try:
+        question = case.open()
+        return answerer.encode(blanked(question) if blank else question)
+    except DataError as error:
+        raise DataError(f"row with id {case.id}: {error}") from error
 
 
 def blanked(question: Question) -> Question:
@@ -104,51 +123,23 @@ def _grey(image: Any) -> Image.Image:
     return Image.new("RGB", size, (127, 127, 127))
 
 
-def normalised(text: str) -> str:
-    """Return a text as answers are compared: small letters, no articles, no punctuation, single spaces."""
-    return " ".join(_ARTICLES.sub(" ", _NOT_WORDS.sub(" ", text.lower())).split())
-
-
-def exact_match(answer: str, references: Sequence[str]) -> float:
-    """Return 1 if the answer is one of the right ones, both `normalised`, else 0."""
-    return float(normalised(answer) in {normalised(reference) for reference in references})
-
-
-def rouge_l(answer: str, references: Sequence[str]) -> float:
-    """Return ROUGE-L (F1 over words, Lin 2004), the best over all references."""
-    return max(_rouge_l(normalised(answer).split(), normalised(reference).split()) for reference in references)
-
-
-def _rouge_l(answer: Sequence[str], reference: Sequence[str]) -> float:
-    if not answer or not reference:
-        return float(answer == reference)
-    row = [0] * (len(reference) + 1)
-    for word in answer:
-        diagonal = 0
-        for number, other in enumerate(reference, 1):
-            diagonal, row[number] = row[number], diagonal + 1 if word == other else max(row[number], row[number - 1])
-    common = row[-1]
-    return 2 * common / (len(answer) + len(reference))
-
-
 def score(dataset: str, how: str, answers: Sequence[str], cases: Sequence[Case]) -> list[dict[str, Any]]:
-    """Return the mean of every metric as `{"dataset", "metric", "value", "num_rows"}`.
+    """Return the mean of every metric: `{"dataset", "metric", "value", "num_rows", "num_empty_answers", "compared_as"}`.
 
     Args:
         how: says under what conditions the answers were given, as in `", blank pictures"`; may be empty.
     """
-    metrics = {"exact match": exact_match, "ROUGE-L": rouge_l}
+    means = mean_scores(answers, [case.references for case in cases])
     return [
         {
             "dataset": dataset,
             "metric": f"{name}{how}",
-            "value": round(
-                sum(metric(answer, case.references) for answer, case in zip(answers, cases, strict=True)) / len(cases),
-                4,
-            ),
+            "value": round(value, 4),
             "num_rows": len(cases),
+            "num_empty_answers": sum(map(is_empty, answers)),
+            "compared_as": NORMALISATION,
         }
-        for name, metric in metrics.items()
+        for name, value in means.items()
     ]
 
 
@@ -157,12 +148,12 @@ def choose_samples(cases: Sequence[Case], num_samples: int, seed: int = 0) -> li
     order = list(range(len(cases)))
     random.Random(seed).shuffle(order)
     chosen: list[int] = []
-    shown: set[str] = set()
+    shown: set[Hashable] = set()
     for number in order:
-        case = cases[number]
-        if len(chosen) < num_samples and case.question.images and (case.picture or case.id) not in shown:
+        picture = cases[number].picture
+        if len(chosen) < num_samples and picture is not None and picture not in shown:
             chosen.append(number)
-            shown.add(case.picture or case.id)
+            shown.add(picture)
     return chosen
 
 
@@ -197,12 +188,13 @@ def write_samples(run: Path, cases: Sequence[Case], before: Sequence[str], after
     listed = []
     for number, (case, earlier, later) in enumerate(zip(cases, before, after, strict=True), 1):
         name = f"{number}.jpg"
-        shown = open_image(case.question.images[0])
+        question = case.open()
+        shown = open_image(question.all_images()[0])
         shown.thumbnail((768, 768))
         with writing(staging / name) as temporary:
             shown.save(temporary, "JPEG", quality=90)  # pixels only: neither a place nor a camera is written
         listed.append(
-            {"image": f"{SAMPLE_FOLDER}/{name}", "question": case.question.text, "before": earlier, "after": later}
+            {"image": f"{SAMPLE_FOLDER}/{name}", "question": question.text, "before": earlier, "after": later}
         )
     output.replace_folder(SAMPLE_FOLDER, staging)
     output.write_json(SAMPLES, listed)

@@ -103,6 +103,10 @@ class Question:
         history = [{**turn, "content": _as_parts(turn["content"])} for turn in self.history]
         return [*system, *history, {"role": "user", "content": content}]
 
+    def all_images(self) -> list[ImageSource]:
+        """Return every image of the conversation, those of earlier turns first."""
+        return [part["image"] for turn in self.messages() for part in turn["content"] if part["type"] == "image"]
+
 
 @dataclass
 class Prompt:

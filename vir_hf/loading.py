@@ -329,15 +329,6 @@ def load_model_and_processor(
             loading["device_map"] = {"": torch.cuda.current_device()}
     if wanted.attn_implementation != "auto":
         loading["attn_implementation"] = wanted.attn_implementation
-    if wanted.adapter and wanted.pretrained_projector:
-        raise RecipeError(
-            "model.pretrained_projector: is set, but model.adapter brings the projector it was trained with. Set one of the two "
-            "to null."
-        )
-    if wanted.tokenizer and wanted.name_or_path:
-        raise RecipeError(
-            "model.tokenizer: is set, but a whole model (model.name_or_path) brings its own. Set model.tokenizer=null."
-        )
     source = source or _base_to_continue(recipe)
     if source is not None:
         loading.pop("revision", None)

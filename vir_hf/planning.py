@@ -13,9 +13,10 @@ from accelerate import PartialState
 import vir_hf
 from vir_hf.collator import shareable_length
 from vir_hf.conversations import encode_row
-from vir_hf.errors import DataError, RecipeError
+from vir_hf.errors import DataError
 from vir_hf.identity import picture_identity
 from vir_hf.llava.processing_llava import LlavaProcessor
+from vir_hf.recipe_rules import global_batch_size
 from vir_hf.rows import MIXTURE, BadRow, BadRowPolicy
 from vir_hf.sampling import RowSize, StepSampler
 
@@ -83,35 +84,6 @@ def _prefix_key(encoding: dict[str, Any], processor: LlavaProcessor) -> str | No
     if start + processor.num_image_tokens > shareable_length(encoding["labels"]):
         return None
     return hashlib.sha256(repr(encoding["input_ids"][:start]).encode()).hexdigest()[:16]
-
-
-def global_batch_size(recipe: Recipe, world_size: int) -> int:
-    """Return how many rows an optimizer step holds on this layout.
-
-    Raises:
-        RecipeError: rows a micro-batch, micro-batches and processes do not multiply to `training.global_batch_size`.
-    """
-    training = recipe.training
-    per_device, wanted = training.per_device_train_batch_size or 1, training.global_batch_size
-    accumulation = training.arguments.get("gradient_accumulation_steps")
-    if wanted is None:
-        return int(per_device * (accumulation or 1) * world_size)
-    if accumulation is not None and per_device * accumulation * world_size != wanted:
-        fitting = [a for a in range(1, wanted + 1) if per_device * a * world_size == wanted]
-        raise RecipeError(
-            f"training.global_batch_size={wanted} rows a step, but training.per_device_train_batch_size={per_device} x "
-            f"training.gradient_accumulation_steps={accumulation} x {world_size} processes = "
-            f"{per_device * accumulation * world_size}. "
-            + (f"Set training.gradient_accumulation_steps={fitting[0]}, " if fitting else "Change one of the numbers, ")
-            + "or leave it out."
-        )
-    if wanted % world_size:
-        above = -(-wanted // world_size) * world_size
-        raise RecipeError(
-            f"training.global_batch_size={wanted} cannot be shared evenly by {world_size} processes. Set it to "
-            f"{above if above == world_size else f'{above - world_size} or {above}'}, or start another number of processes."
-        )
-    return int(wanted)
 
 
 def measure_rows(

@@ -14,20 +14,13 @@ import torch
 
 from vir_hf import checkpoints, files, resume
 from vir_hf.errors import RecipeError
+from vir_hf.requirements import check_requirements, check_tracker_packages, trackers_of
 
 if TYPE_CHECKING:
     from vir_hf.recipe import Recipe
     from vir_hf.trainer import LlavaTrainer
 
 logger = logging.getLogger(__name__)
-
-_TRACKER_PACKAGES = {
-    "wandb": "wandb",
-    "tensorboard": "tensorboard",
-    "trackio": "trackio",
-    "mlflow": "mlflow",
-    "comet_ml": "comet_ml",
-}
 
 
 def check_machine(recipe: Recipe, *, world_size: int) -> None:
@@ -36,15 +29,11 @@ def check_machine(recipe: Recipe, *, world_size: int) -> None:
     Raises:
         RecipeError: what would fail, and the remedy.
     """
+    check_requirements(recipe, world_size=world_size)
     check_output_dir(Path(recipe.training.output_dir))
     check_trackers(recipe.training.report_to)
     if recipe.training.push_to_hub:
         check_hub(recipe.training.hub_model_id)
-    if recipe.training.on_out_of_memory == "split" and world_size > 1:
-        raise RecipeError(
-            f"training.on_out_of_memory=split: works with one process, found {world_size}: while one begins its step again, the "
-            "others wait for it in the middle of theirs. Set training.on_out_of_memory=raise."
-        )
 
 
 def check_output_dir(output_dir: Path) -> None:
@@ -62,31 +51,46 @@ def check_output_dir(output_dir: Path) -> None:
 
 def check_trackers(report_to: Any) -> None:
     """Raise for a tracker that is not installed or would stop the run for want of a login."""
-    names = [report_to] if isinstance(report_to, str) else list(report_to or [])
-    import importlib.util
-
-    for name in names:
-        package = _TRACKER_PACKAGES.get(name)
-        if package and importlib.util.find_spec(package) is None:
-            alternative = " or torch.utils.tensorboard's" if name == "tensorboard" else ""
-            raise RecipeError(
-                f"training.report_to={name}: the package {package}{alternative} is not installed. pip install {package}, or set "
-                "training.report_to=none."
-            )
-        if name == "wandb" and os.environ.get("WANDB_MODE") not in ("offline", "disabled"):
-            has_login = bool(os.environ.get("WANDB_API_KEY")) or "api.wandb.ai" in _netrc()
-            if not has_login:
-                raise RecipeError(
-                    "training.report_to=wandb: nobody is logged in. Run `wandb login`, or set WANDB_MODE=offline, or "
-                    "training.report_to=none."
-                )
+    check_tracker_packages(report_to)
+    if "wandb" in trackers_of(report_to):
+        _check_wandb()
 
 
-def _netrc() -> str:
+def _check_wandb() -> None:
+    """Raise where `wandb.init` would stop to ask who logs in; wandb itself says so, about its own server, files and mode."""
+    import wandb
+
     try:
-        return (Path.home() / ".netrc").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
+        # WANDB_* variables, wandb/settings of this folder (`wandb offline` writes it), and the user's own settings.
+        settings = wandb.setup().settings
+        if settings.mode in ("offline", "dryrun", "disabled") or _has_wandb_login(settings):
+            return
+    except Exception as error:  # a key in a wrong format, two logins at once, a damaged settings file
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise RecipeError(
+            f"training.report_to=wandb: wandb cannot be used as it is set up: {reason} Correct that, or set WANDB_MODE=offline, "
+            "or training.report_to=none."
+        ) from error
+    raise RecipeError(
+        f"training.report_to=wandb: nobody is logged in at {settings.base_url}. Run `wandb login`, or set WANDB_MODE=offline, "
+        "or training.report_to=none."
+    )
+
+
+def _has_wandb_login(settings: Any) -> bool:
+    """Return whether wandb finds a key or an identity token for the server it is to report to."""
+    if settings.api_key or getattr(settings, "identity_token_file", None):
+        return True
+    try:
+        from wandb.sdk.lib.wbauth import read_netrc_auth
+    except ImportError:
+        try:
+            from wandb.sdk.lib.apikey import api_key  # before wandb 0.22
+        except ImportError:
+            logger.info("this wandb does not tell whether somebody is logged in; the run will show it")
+            return True
+        return bool(api_key(settings))
+    return bool(read_netrc_auth(host=settings.base_url))
 
 
 def check_hub(repo_id: str | None) -> None:

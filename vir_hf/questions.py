@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from vir_hf.conversations import last_question, to_messages
 from vir_hf.errors import DataError
 from vir_hf.files import cut_to
-from vir_hf.images import open_image
+from vir_hf.image_folder import ImageFolder
+from vir_hf.images import ImageSource, open_image, read_image_header
 from vir_hf.inference import Question
+from vir_hf.scoring import is_empty
 
 # The beginning of a line that `vir-hf answer` was writing when it was killed.
 _CUT_ANSWER = re.compile(
@@ -59,10 +66,38 @@ def json_value(text: str, where: str | Path) -> Any:
         raise DataError(f"{where}: is not JSON ({error}); expected one object a line, or a list of objects.") from error
 
 
-def row_question(row: Mapping[str, Any], folder: str, system: str | None = None) -> Question:
+def look_at_picture(source: ImageSource, folder: str | ImageFolder) -> ImageSource:
+    """Return the place or the content of an image that is whole by its header and end; nothing is decoded or kept.
+
+    Raises:
+        ImageError: as `open_image`.
+    """
+    if isinstance(source, dict) and source.get("bytes") is None and source.get("path"):
+        source = str(source["path"])
+    if isinstance(source, Image.Image):
+        return source
+    if isinstance(source, (str, os.PathLike)):
+        images = folder if isinstance(folder, ImageFolder) else ImageFolder(folder)
+        place = images.locate(os.fspath(source))
+        read_image_header(place)
+        return place
+    read_image_header(source)
+    return source
+
+
+def row_question(
+    row: Mapping[str, Any],
+    folder: str | ImageFolder,
+    system: str | None = None,
+    *,
+    open_picture: Callable[[ImageSource, str | ImageFolder], ImageSource] = open_image,
+) -> Question:
     """Return what a row asks: its `question` (or `text`), or the last human turn of a LLaVA row after the turns before it.
 
     The prompt is the one that training reads before the answer to that turn; `system` replaces the row's system prompt.
+
+    Args:
+        open_picture: makes the question's images of the row's; `look_at_picture` to find broken ones without decoding.
 
     Raises:
         DataError: no question in the row, or a picture outside the folder.
@@ -70,7 +105,7 @@ def row_question(row: Mapping[str, Any], folder: str, system: str | None = None)
     given = question_messages(row)
     messages = last_question(given["messages"])
     num_images = sum(part["type"] == "image" for message in messages for part in message["content"])
-    images = [open_image(image, folder) for image in given["images"][:num_images]]
+    images = [open_picture(image, folder) for image in given["images"][:num_images]]
     question = Question.of_messages(messages, images)
     return question if system is None else replace(question, system=system)
 
@@ -118,17 +153,48 @@ def answered_ids(output: Path) -> set[str]:
 
 
 def row_references(row: Mapping[str, Any]) -> list[str]:
-    """Return the right answers to what a row asks: `answer`, `answers`, or what a LLaVA row says after its last question.
+    """Return the right answers to what a row asks: `answers`, `answer`, or what a LLaVA row says after its last question.
+
+    The first of these that holds an answer counts, so an empty or null `answers` leaves the word to `answer`. Answers may be
+    texts, numbers, lists of them, VQA's `[{"answer": ...}, ...]`, the dictionary of lists that `datasets` makes of that,
+    or SQuAD's `{"text": [...]}`.
 
     Raises:
-        DataError: no answer in the row.
+        DataError: no answer in the row, or one in a form of which nothing says what the answer is.
     """
-    given = row.get("answers", row.get("answer"))
-    if given is None and (row.get("conversations") is not None or row.get("messages") is not None):
+    for key in ("answers", "answer"):
+        references = _answers_in(row.get(key), key)
+        if references:
+            return references
+    if row.get("conversations") is not None or row.get("messages") is not None:
         last = to_messages(row)["messages"][-1]
         text = "".join(part["text"] for part in last["content"] if part["type"] == "text").strip()
-        given = text if last["role"] == "assistant" and text else None
-    references = [given] if isinstance(given, str | int | float) else list(given or [])
-    if not references:
-        raise DataError("the row has no right answer: neither 'answer', 'answers' nor an answer in 'conversations'.")
-    return [str(reference) for reference in references]
+        if last["role"] == "assistant" and text:
+            return [text]
+    raise DataError("the row has no right answer: neither 'answer', 'answers' nor an answer in 'conversations'.")
+
+
+# Where VQA, TextVQA, OK-VQA, DocVQA, SQuAD and the exports of annotation tools put the text of one answer.
+_ANSWER_KEYS = ("answer", "answers", "text", "value")
+
+
+def _answers_in(value: Any, key: str) -> list[str]:
+    """Return every text that an answer column holds, each once, without empty ones."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):  # an empty cell of a table
+        return []
+    if isinstance(value, str):
+        return [] if is_empty(value) else [value]
+    if isinstance(value, bool):
+        return [str(value).lower()]
+    if isinstance(value, (int, float)):
+        return [str(value)]
+    if isinstance(value, Mapping):
+        named = next((name for name in _ANSWER_KEYS if name in value), None)
+        if named is not None:
+            return _answers_in(value[named], f"{key}.{named}")
+    elif isinstance(value, Iterable) and not isinstance(value, (bytes, bytearray)):
+        found = [text for one in value for text in _answers_in(one, key)]
+        return list(dict.fromkeys(found))
+    raise DataError(
+        f"{key!r}: found {reprlib.repr(value)}; expected a text, a number, a list of them, or VQA's [{{'answer': TEXT}}, ...]."
+    )

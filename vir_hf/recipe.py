@@ -29,7 +29,7 @@ class ExperimentSection:
 
     name: str = "custom"
     description: str = ""
-    stage: Literal["pretrain", "finetune"] = "finetune"
+    stage: Literal["pretrain", "finetune"] | None = None
     hardware: str = ""
 
 
@@ -213,20 +213,46 @@ class Recipe:
 
 
 class RecipeArgumentParser(argparse.ArgumentParser):
-    """The arguments that every command over a recipe takes: overrides, `--recipe` and `--recipes-dir`."""
+    """The arguments that every command over a recipe takes: overrides, `--recipe` and `--recipes-dir`.
 
-    def __init__(self, **keywords: Any) -> None:
+    Args:
+        takes_path: the words may be one path instead, to data that are looked at without a recipe.
+        can_resume: add `--resume [PATH]`, a short way to say training.resume.
+    """
+
+    def __init__(self, *, takes_path: bool = False, can_resume: bool = False, **keywords: Any) -> None:
         keywords.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(**keywords)
+        words = "experiment=NAME, GROUP=OPTION or section.key=value"
         self.add_argument(
-            "overrides", nargs="*", metavar="key=value", help="experiment=NAME, GROUP=OPTION or section.key=value"
+            "overrides",
+            nargs="*",
+            metavar="PATH or key=value" if takes_path else "key=value",
+            help=f"a data file, a directory or a quoted glob; or a recipe: {words}" if takes_path else words,
         )
         self.add_argument("--recipe", metavar="FILE", help="start from a recipe file, such as one that a run saved")
         self.add_argument("--recipes-dir", metavar="DIR", help="a folder of your own recipes, searched first")
+        if can_resume:
+            self.add_argument(
+                "--resume",
+                nargs="?",
+                const="auto",
+                metavar="PATH",
+                help="go on from the newest whole checkpoint in training.output_dir, or from PATH (training.resume)",
+            )
+        self._takes_path = takes_path
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Return the parsed arguments; flags and overrides may stand in any order."""
-        return self.parse_intermixed_args(args, namespace)
+        """Return the parsed arguments, `--resume` among the overrides; flags and overrides may stand in any order."""
+        options = self.parse_intermixed_args(args, namespace)
+        resume = getattr(options, "resume", None)
+        if resume is not None:
+            if "=" in resume and not os.path.exists(resume):  # an override behind a bare --resume
+                options.overrides, resume = [resume, *options.overrides], "auto"
+            options.overrides = [*options.overrides, f"training.resume={resume}"]
+        if self._takes_path and not options.overrides and not options.recipe:
+            self.error("expected a path, or a recipe: experiment=NAME data.data_path=ROWS.json, or --recipe FILE")
+        return options
 
     def error(self, message: str) -> NoReturn:
         """End with exit code 2; a recipe key written as a flag is answered with how to write it."""
@@ -274,6 +300,10 @@ def schema() -> dict[str, dict[str, upstream.Argument]]:
         section: {**passed_through.get(section, {}), **_own_arguments(section_class)}
         for section, section_class in _SECTIONS.items()
     }
+    for key, words in recipe_keys.WORDS.items():
+        section, _, name = key.partition(".")
+        if name in known[section]:
+            known[section][name] = dataclasses.replace(known[section][name], choices=words)
     # These two dictionaries are where a new word is added; their modules are too heavy to import for a typo.
     package = Path(__file__).parent
     for name, file, dictionary, more in (

@@ -101,6 +101,9 @@ def compose(
         directories, config_name, chosen = _lay_out(parsed, recipe_file, recipes_dir, Path(scratch))
         raw = _compose_with_hydra(directories, config_name, chosen + hydra_overrides)
     _check_tree(raw, schema, typed)
+    if typed & {"training", "training.stage"} and "experiment.stage" not in typed:
+        # What a file says of its stage was said of its own training, and another was asked for.
+        (raw.get("experiment") or {}).pop("stage", None)
     return _resolved(raw, schema)
 
 
@@ -148,6 +151,10 @@ def _take_recipe_file(
     path = Path(named[0]).expanduser().resolve()
     if path.is_dir():
         path = path / "recipe.yaml"
+    if path.is_dir():
+        raise RecipeError(
+            f"{path}: is a folder, expected a recipe file. Name the file, such as outputs/RUN/recipe.yaml."
+        )
     if not path.is_file():
         raise RecipeError(
             f"{named[0]}: no such recipe file. Name one that a run saved, such as outputs/RUN/recipe.yaml."
@@ -208,7 +215,12 @@ def _lay_out(
     chosen = []
     name = ""
     if recipe_file is not None:
-        if "defaults" not in read_yaml(recipe_file):
+        content = read_yaml(recipe_file)
+        if not content:
+            raise RecipeError(
+                f"{recipe_file}: is empty, expected a mapping of sections (model, data, training ...). Correct the file."
+            )
+        if "defaults" not in content:
             if groups:
                 raise RecipeError(
                     f"{groups[0].text}: {recipe_file} stands alone, it takes no groups. Set keys instead, such as "

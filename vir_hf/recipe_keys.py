@@ -99,6 +99,18 @@ RENAMED: dict[str, str] = {
     "bf16_compute": "model.dtype",
 }
 
+# The words of upstream arguments whose type says only that they are texts; another one fails late, in a traceback.
+WORDS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(
+        ("training.log_level", "training.log_level_replica"),
+        ("passive", "detail", "debug", "info", "warning", "error", "critical"),
+    ),
+    "training.debug": ("", "underflow_overflow", "tpu_metrics_debug"),
+    "training.include_num_input_tokens_seen": ("no", "all", "non_padding"),
+    "training.torch_compile_mode": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+    "quantization.bnb_4bit_quant_type": ("fp4", "nf4"),
+}
+
 _LOWEST: dict[str, float] = {
     "training.learning_rate": 0,
     "training.weight_decay": 0,
@@ -124,8 +136,26 @@ _LOWEST: dict[str, float] = {
     "lora.r": 1,
     "lora.lora_alpha": 1,
     "lora.lora_dropout": 0,
+    "training.adam_beta1": 0,
+    "training.adam_beta2": 0,
+    "training.adam_epsilon": 0,
+    "training.label_smoothing_factor": 0,
+    "training.torch_empty_cache_steps": 1,
+    "training.dataloader_prefetch_factor": 1,
+    "training.eval_accumulation_steps": 1,
+    "training.save_total_limit": 1,
+    "training.seed": 0,
+    "training.data_seed": 0,
 }
-_HIGHEST: dict[str, float] = {"data.max_bad_fraction": 1, "lora.lora_dropout": 1}
+_HIGHEST: dict[str, float] = {
+    "data.max_bad_fraction": 1,
+    "lora.lora_dropout": 1,
+    "training.label_smoothing_factor": 1,
+    "training.adam_beta1": 1,
+    "training.adam_beta2": 1,
+    "training.seed": 2**32 - 1,  # NumPy's
+    "training.data_seed": 2**32 - 1,
+}
 
 
 def find_argument(key: str, schema: Schema) -> Argument:

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from vir_hf.errors import DataError, RecipeError
-from vir_hf.planning import global_batch_size, shares_prefixes, size_of_row
+from vir_hf.errors import DataError
+from vir_hf.planning import shares_prefixes, size_of_row
+from vir_hf.recipe_rules import global_batch_size
 from vir_hf.sampling import RowSize, fill
 
 if TYPE_CHECKING:
@@ -56,24 +57,10 @@ class StreamPlan:
 
 
 def plan_stream(recipe: Recipe, world_size: int, rank: int) -> StreamPlan:
-    """Return the plan of a streamed run.
-
-    Raises:
-        RecipeError: no `training.max_steps`, or a token budget on several processes.
-    """
+    """Return the plan of a streamed run; `recipe_rules` and `requirements` have refused what cannot be streamed."""
     training = recipe.training
-    if not training.max_steps or training.max_steps < 1:
-        raise RecipeError(
-            "data.streaming: true, but training.max_steps is not set; a stream does not know its length. Set "
-            "training.max_steps to rows x epochs / training.global_batch_size."
-        )
     if training.group_by_image:
         logger.warning("rows are streamed: those about one picture share it where they meet, none are brought together")
-    if training.max_tokens_per_batch and world_size > 1:
-        raise RecipeError(
-            "training.max_tokens_per_batch: gives each process another number of micro-batches where rows are streamed. Set "
-            "training.per_device_train_batch_size instead, or data.streaming=false."
-        )
     rows_per_step = global_batch_size(recipe, world_size)
     budget = training.max_tokens_per_batch
     return StreamPlan(

@@ -11,6 +11,7 @@ from typing import Any
 
 from vir_hf.recipe import Recipe, RecipeArgumentParser, recipe_from
 from vir_hf.recipe_rules import SELF_CONTAINED
+from vir_hf.requirements import check_requirements
 
 _EPILOG = """\
 examples:
@@ -30,21 +31,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     # Only light imports up to here: a typo is answered before anything heavy is loaded.
     parser = RecipeArgumentParser(
-        prog="vir-hf train", description="Train a vision-language model from a recipe.", epilog=_EPILOG
+        prog="vir-hf train",
+        description="Train a vision-language model from a recipe.",
+        epilog=_EPILOG,
+        can_resume=True,
     )
-    parser.add_argument(
-        "--resume",
-        nargs="?",
-        const="auto",
-        metavar="PATH",
-        help="go on from the newest whole checkpoint in training.output_dir, or from PATH (training.resume)",
-    )
-    options = parser.parse_args(argv)
-    if options.resume is not None:
-        if "=" in options.resume and not os.path.exists(options.resume):  # an override behind a bare --resume
-            options.overrides, options.resume = [options.resume, *options.overrides], "auto"
-        options.overrides = [*options.overrides, f"training.resume={options.resume}"]
-    recipe = recipe_from(options)
+    recipe = recipe_from(parser.parse_args(argv))
+    check_requirements(recipe, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     from vir_hf.checkpoints import list_checkpoints
     from vir_hf.errors import RunError
     from vir_hf.signals import RunStopped, say_stopped

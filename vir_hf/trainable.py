@@ -30,8 +30,6 @@ PARTS = {
     "vision_tower": ("model.vision_tower.",),
 }
 _ALL_LINEAR = "all-linear"
-# The others need data, or draw at random what a saved adapter would have to draw again.
-_INIT_WORDS = (True, False, None, "gaussian", "orthogonal", "pissa", "olora")
 # Keys of LoraConfig that an adapter on disk decides when training goes on with it.
 _SHAPE_KEYS = ("r", "lora_alpha", "use_rslora", "use_dora")
 
@@ -82,11 +80,6 @@ def check_trainable(model: LlavaForCausalLM, recipe: Recipe) -> None:
     Raises:
         RecipeError: as `make_trainable`.
     """
-    if recipe.trainable.language_model == "full" and recipe.trainable.vision_tower == "lora":
-        raise RecipeError(
-            "trainable.vision_tower: is lora, but trainable.language_model is full: an adapter does not hold a whole language "
-            "model, so what it learned would be lost. Set trainable.vision_tower=full, or trainable.language_model=lora."
-        )
     for name, module in fully_trained_modules(model, recipe).items():
         _check_learnable(name, module, recipe)
     if "lora" in (getattr(recipe.trainable, part) for part in PARTS) and not recipe.model.adapter:
@@ -121,18 +114,13 @@ def lora_config(model: LlavaForCausalLM, recipe: Recipe) -> LoraConfig:
     """Return PEFT's config: targets confined to the parts that learn by LoRA, fully trained modules saved beside them.
 
     Raises:
-        RecipeError: targets that match nothing, or an initialisation that a saved adapter cannot repeat.
+        RecipeError: targets that match nothing, or an initialisation that changes weights of few bits.
     """
     arguments: dict[str, Any] = dict(recipe.lora.lora_arguments())
     asked = arguments.pop("target_modules", None) or _ALL_LINEAR
     only_layers = arguments.pop("layers_to_transform", None)  # PEFT ignores it for targets by full name
     arguments.pop("layers_pattern", None)
     init = arguments.get("init_lora_weights", True)
-    if init not in _INIT_WORDS:
-        raise RecipeError(
-            f"lora.init_lora_weights: {init} needs data or draws at random what loading the adapter has to draw again; expected "
-            "true, false, gaussian, orthogonal, pissa or olora."
-        )
     targets: list[str] = []
     for part in ("language_model", "vision_tower"):
         if getattr(recipe.trainable, part) == "lora":

@@ -80,6 +80,32 @@ def quantization_arguments() -> dict[str, Argument]:
     return {name: _from_default(name, default) for name, default in zip(names, defaults, strict=True)}
 
 
+@lru_cache
+def attention_words() -> tuple[str, ...]:
+    """Return the attention implementations of the installed transformers that can train, besides eager."""
+    text = _source("transformers", "modeling_utils.py")
+    table = re.search(r"_global_mapping = \{(.*?)\}", text, re.DOTALL)
+    words = tuple(re.findall(r'"([\w|]+)":', table[1])) if table else ()
+    if not words:  # moved: the table itself says it
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        words = tuple(ALL_ATTENTION_FUNCTIONS)
+    return tuple(word for word in words if "|" not in word)  # paged|... serve and do not train
+
+
+@lru_cache
+def tracker_words() -> tuple[str, ...]:
+    """Return the trackers that the installed transformers can report to."""
+    text = _source("transformers", "integrations/integration_utils.py")
+    table = re.search(r"^INTEGRATION_TO_CALLBACK = \{(.*?)\}", text, re.DOTALL | re.MULTILINE)
+    words = tuple(re.findall(r'"(\w+)":', table[1])) if table else ()
+    if not words:
+        from transformers.integrations import INTEGRATION_TO_CALLBACK
+
+        words = tuple(INTEGRATION_TO_CALLBACK)
+    return words
+
+
 def argument_of(name: str, annotation: str, default: Any = MISSING) -> Argument:
     """Return the argument that a type annotation, given as text, describes."""
     kinds: set[str] = set()

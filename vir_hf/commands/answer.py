@@ -13,6 +13,7 @@ from vir_hf import files
 from vir_hf.errors import DataError, RecipeError, clipped, shown
 
 if TYPE_CHECKING:
+    from vir_hf.image_folder import ImageFolder
     from vir_hf.inference import Answerer, Prompt
 
 _EPILOG = """\
@@ -133,6 +134,7 @@ def _answer_one(arguments: argparse.Namespace) -> int:
 def _answer_file(arguments: argparse.Namespace) -> int:
     from tqdm.auto import tqdm
 
+    from vir_hf.image_folder import ImageFolder
     from vir_hf.questions import answered_ids, read_questions
 
     options = generation_options(arguments)
@@ -147,7 +149,7 @@ def _answer_file(arguments: argparse.Namespace) -> int:
         print(f"{len(rows) - len(pending)} of {len(rows)} are answered in {output} already", file=sys.stderr)
     num_failed = 0
     if pending:
-        folder = arguments.image_folder or str(Path(arguments.input).resolve().parent)
+        folder = ImageFolder(arguments.image_folder or str(Path(arguments.input).resolve().parent))  # listed once
         answerer = load_answerer(arguments)
         bar = tqdm(total=len(rows), initial=len(rows) - len(pending), unit="row", dynamic_ncols=True)
         with bar, files.appending(output) as file:
@@ -173,7 +175,7 @@ def _batches(rows: list[dict[str, Any]], size: int) -> Iterator[list[dict[str, A
 
 
 def _encode(
-    answerer: Answerer, rows: list[dict[str, Any]], folder: str, system: str | None
+    answerer: Answerer, rows: list[dict[str, Any]], folder: ImageFolder, system: str | None
 ) -> tuple[list[tuple[dict[str, Any], Prompt]], list[str]]:
     """Return the rows that can be asked, and a line for each that cannot."""
     from vir_hf.questions import row_question

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from vir_hf import files
-from vir_hf.commands.outputs import add_overwrite, recipe_inputs, refuse_outputs
+from vir_hf.commands.outputs import add_json, add_overwrite, recipe_inputs, refuse_outputs, write_json
+from vir_hf.recipe import RecipeArgumentParser, recipe_from
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Fill the recipe's feature cache; what is there already and whole is kept. Returns 0."""
-    parser = argparse.ArgumentParser(
+    parser = RecipeArgumentParser(
         prog="vir-hf data cache-features",
         description="Run the recipe's frozen vision tower over every picture once and keep its features on disk. Training "
         "with training.feature_cache=FOLDER then opens no picture. A run cut short goes on where it stopped, and damaged "
         "entries are made anew.",
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="experiment=NAME and section.key=value")
-    parser.add_argument("--recipe", help="a recipe.yaml that a run has written")
-    parser.add_argument("--json", metavar="FILE", help="write the figures to a file, or - for standard output")
+    add_json(parser, "the figures")
     add_overwrite(parser)
     options = parser.parse_args(argv)
-
-    from vir_hf.recipe import load_recipe
-
-    recipe = load_recipe(options.overrides, recipe_file=options.recipe)
+    recipe = recipe_from(options)
     inputs = recipe_inputs(recipe, options.recipe)
     refuse_outputs([("--json", options.json)], inputs, overwrite=options.overwrite)
     if not recipe.training.feature_cache:
@@ -51,13 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "bytes_per_picture": cache.bytes_per_image,
         "bytes": len(cache) * cache.bytes_per_image,
     }
-    if options.json == "-":
-        print(files.as_report(figures), end="")
-    else:
+    if options.json != "-":
         print(f"{len(cache)} pictures, {figures['bytes'] / 1e9:.3f} GB in {cache.folder}")
         print(f"next: vir-hf train ... training.feature_cache={cache.folder}")
-    if options.json and options.json != "-":
-        files.write_text(options.json, files.as_report(figures))
+    write_json(options.json, figures)
     return 0
 
 

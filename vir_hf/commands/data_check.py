@@ -14,8 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from vir_hf import files
-from vir_hf.commands.outputs import add_overwrite, data_inputs, recipe_inputs, refuse_outputs
+from vir_hf.commands.outputs import add_json, add_overwrite, data_inputs, recipe_inputs, refuse_outputs, write_json
 from vir_hf.errors import RecipeError
+from vir_hf.recipe import RecipeArgumentParser, recipe_from
 from vir_hf.terminal import printable
 
 if TYPE_CHECKING:
@@ -63,12 +64,7 @@ def main(argv: list[str]) -> int:
     report = without_kinds(report, arguments.ignore)
     if arguments.json != "-":
         _print(report, Console())
-    if arguments.json:
-        text = files.as_report(report_as_json(report, target["batch_size"]), indent=1, ensure_ascii=True)
-        if arguments.json == "-":
-            print(text, end="")
-        else:
-            files.write_text(arguments.json, text)
+    write_json(arguments.json, report_as_json(report, target["batch_size"]))
     if arguments.html:
         files.write_text(arguments.html, report_as_html(report, target["batch_size"]))
     if arguments.fix:
@@ -77,14 +73,11 @@ def main(argv: list[str]) -> int:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = RecipeArgumentParser(
         prog="vir-hf data check",
         description="Find what is wrong with LLaVA data: rows, placeholders, answers, lengths, pictures.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "target", nargs="+", metavar="PATH", help="a data file, directory or glob; or a recipe's overrides"
+        takes_path=True,
     )
     parser.add_argument(
         "--image-folder", metavar="DIR", help="a folder, .zip or .tar; the data file's own folder by default"
@@ -99,41 +92,42 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--ignore", action="append", default=[], metavar="KIND", help="do not report this kind; repeatable"
     )
-    parser.add_argument("--json", metavar="FILE", help="write the whole report as JSON, - for the terminal")
+    add_json(parser, "the whole report")
     parser.add_argument("--html", metavar="FILE", help="write the report as one HTML page")
     parser.add_argument("--fix", metavar="OUT.json", help="write the sound rows, and OUT.dropped.json with the others")
     parser.add_argument("--num-workers", type=int, metavar="N", help="processes (all cores)")
     add_overwrite(parser)
-    arguments = parser.parse_intermixed_args(argv)
+    arguments = parser.parse_args(argv)
     if arguments.fix == "-":
         raise RecipeError("--fix -: needs the name of a file, since a second one is written beside it.")
     for name in ("image_tokens", "max_length", "batch_size", "num_workers"):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             raise RecipeError(f"--{name.replace('_', '-')}={getattr(arguments, name)}: expected 1 or more.")
-    if arguments.max_length is not None and arguments.tokenizer is None and not is_recipe(arguments.target):
+    if arguments.max_length is not None and arguments.tokenizer is None and not is_recipe(arguments):
         raise RecipeError("data check: --max-length counts tokens; say whose with --tokenizer NAME, or name a recipe.")
     return arguments
 
 
-def is_recipe(target: list[str]) -> bool:
-    """Whether what was typed is a recipe's overrides rather than a path."""
-    return len(target) > 1 or ("=" in target[0] and not os.path.exists(target[0]))
+def is_recipe(arguments: argparse.Namespace) -> bool:
+    """Whether what was typed is a recipe (a file, overrides) rather than a path."""
+    words = arguments.overrides
+    return bool(arguments.recipe) or len(words) > 1 or ("=" in words[0] and not os.path.exists(words[0]))
 
 
 def _target(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return what to check, from the command line or from a recipe."""
-    if len(arguments.target) > 1 and all(os.path.exists(word) for word in arguments.target):
+    if len(arguments.overrides) > 1 and all(os.path.exists(word) for word in arguments.overrides):
         raise RecipeError(
-            f"data check: found {len(arguments.target)} paths; expected one. A directory, or a quoted glob, is several files."
+            f"data check: found {len(arguments.overrides)} paths; expected one. A directory, or a quoted glob, is several files."
         )
-    if not is_recipe(arguments.target):
+    if not is_recipe(arguments):
         from vir_hf.row_processor import make_row_processor
 
         processor = None
         if arguments.tokenizer:
             processor = make_row_processor(arguments.tokenizer, arguments.template, arguments.image_tokens)
         return {
-            "path": arguments.target[0],
+            "path": arguments.overrides[0],
             "image_folder": arguments.image_folder,
             "inputs": [arguments.tokenizer],
             "processor": processor,
@@ -141,10 +135,9 @@ def _target(arguments: argparse.Namespace) -> dict[str, Any]:
             "allow_urls": arguments.allow_urls,
             "batch_size": arguments.batch_size or 16,
         }
-    from vir_hf.recipe import load_recipe
     from vir_hf.row_processor import load_recipe_processor
 
-    recipe = load_recipe(arguments.target)
+    recipe = recipe_from(arguments)
     if recipe.data.sources:
         listed = "; ".join(
             f"vir-hf data check {source.path} --image-folder {source.image_folder or '(its own folder)'}"
@@ -158,7 +151,7 @@ def _target(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "path": recipe.data.data_path,
         "image_folder": arguments.image_folder or recipe.data.image_folder,
-        "inputs": recipe_inputs(recipe),
+        "inputs": recipe_inputs(recipe, arguments.recipe),
         "processor": load_recipe_processor(recipe),
         "max_length": arguments.max_length or recipe.training.max_length,
         "allow_urls": arguments.allow_urls or recipe.data.allow_urls,

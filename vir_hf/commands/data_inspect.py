@@ -14,8 +14,9 @@ from rich.text import Text
 
 from vir_hf import files
 from vir_hf.commands.data_check import is_recipe
-from vir_hf.commands.outputs import add_overwrite, data_inputs, recipe_inputs, refuse_outputs
+from vir_hf.commands.outputs import add_json, add_overwrite, data_inputs, recipe_inputs, refuse_outputs, write_json
 from vir_hf.errors import DataError, RecipeError
+from vir_hf.recipe import RecipeArgumentParser, recipe_from
 from vir_hf.terminal import printable
 
 _EPILOG = """\
@@ -60,12 +61,7 @@ def main(argv: list[str]) -> int:
                 )
             console.print(as_terminal_text(row, arguments.ids), soft_wrap=True)
             console.print()
-    if arguments.json:
-        text = files.as_report({"rows": [row.to_json() for row in shown], "errors": failed}, indent=1)
-        if arguments.json == "-":
-            print(text, end="")
-        else:
-            files.write_text(arguments.json, text)
+    write_json(arguments.json, {"rows": [row.to_json() for row in shown], "errors": failed})
     if arguments.html:
         files.write_text(arguments.html, as_page(shown, processor, lead, arguments.ids))
     for reason in failed:
@@ -78,14 +74,11 @@ def _name(image: Any) -> str:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = RecipeArgumentParser(
         prog="vir-hf data inspect",
         description="Show rows as the model will see them: tokens, what is learned, and the picture the tower gets.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "target", nargs="+", metavar="PATH", help="a recipe's overrides, or a data file with --tokenizer"
+        takes_path=True,
     )
     parser.add_argument(
         "--image-folder", metavar="DIR", help="a folder, .zip or .tar; the data file's own folder by default"
@@ -108,9 +101,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="for --random")
     parser.add_argument("--ids", action="store_true", help="show the number of every token")
     parser.add_argument("--html", metavar="FILE", help="write one HTML page with the pictures as the tower sees them")
-    parser.add_argument("--json", metavar="FILE", help="write the rows as JSON, - for the terminal")
+    add_json(parser, "the rows")
     add_overwrite(parser)
-    arguments = parser.parse_intermixed_args(argv)
+    arguments = parser.parse_args(argv)
     if arguments.random is not None and arguments.random < 1:
         raise RecipeError(f"--random {arguments.random}: expected 1 or more.")
     return arguments
@@ -122,17 +115,15 @@ def _open(arguments: argparse.Namespace) -> tuple[Any, Any, int | None, str, dic
     from vir_hf.row_processor import load_recipe_processor, make_row_processor
 
     written = [("--json", arguments.json), ("--html", arguments.html)]
-    if is_recipe(arguments.target):
-        from vir_hf.recipe import load_recipe
-
-        recipe = load_recipe(arguments.target)
-        inputs = [*recipe_inputs(recipe), arguments.image_folder, arguments.processor]
+    if is_recipe(arguments):
+        recipe = recipe_from(arguments)
+        inputs = [*recipe_inputs(recipe, arguments.recipe), arguments.image_folder, arguments.processor]
         refuse_outputs(written, inputs, overwrite=arguments.overwrite)
         recipe.data.streaming = False  # rows are chosen by number here
         rows = load_recipe_rows(recipe)
-        lead = f"{' '.join(arguments.target)}: template {recipe.model.template}"
+        lead = f"{' '.join(arguments.overrides) or arguments.recipe}: template {recipe.model.template}"
         return load_recipe_processor(recipe), rows, arguments.max_length or recipe.training.max_length, lead, {}
-    path = arguments.target[0]
+    path = arguments.overrides[0]
     inputs = [*data_inputs(path, arguments.image_folder), arguments.processor, arguments.tokenizer]
     refuse_outputs(written, inputs, overwrite=arguments.overwrite)
     if arguments.processor:

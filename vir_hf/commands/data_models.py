@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from pathlib import Path
 from typing import Any
 
-from vir_hf import files
-from vir_hf.commands.outputs import add_overwrite, recipe_inputs, refuse_outputs
+from vir_hf.commands.outputs import add_json, add_overwrite, recipe_inputs, refuse_outputs, write_json
 from vir_hf.errors import RecipeError
+from vir_hf.recipe import RecipeArgumentParser, recipe_from
 
 _EPILOG = """\
 examples:
@@ -25,28 +24,20 @@ _FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py"]
 
 def main(argv: list[str]) -> int:
     """Download; return 0."""
-    parser = argparse.ArgumentParser(
+    parser = RecipeArgumentParser(
         prog="vir-hf data download-models",
         description="Fetch the weights, tokenizer and processor a recipe needs.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("overrides", nargs="+", metavar="OVERRIDE", help="the recipe: experiment=NAME key=value ...")
-    parser.add_argument("--json", metavar="FILE", help="write what lies where as JSON, - for the terminal")
+    add_json(parser, "what lies where")
     add_overwrite(parser)
-    arguments = parser.parse_intermixed_args(argv)
-    from vir_hf.recipe import load_recipe
-
-    recipe = load_recipe(arguments.overrides, require_data=False)
-    refuse_outputs([("--json", arguments.json)], recipe_inputs(recipe), overwrite=arguments.overwrite)
+    arguments = parser.parse_args(argv)
+    recipe = recipe_from(arguments, require_data=False)
+    inputs = recipe_inputs(recipe, arguments.recipe)
+    refuse_outputs([("--json", arguments.json)], inputs, overwrite=arguments.overwrite)
     models = [fetch(name, revision) for name, revision in needed(recipe)]
-    text = files.as_report({"models": models}, indent=1)
-    if arguments.json == "-":
-        print(text, end="")
-        return 0
-    if arguments.json:
-        files.write_text(arguments.json, text)
-    for model in models:
+    write_json(arguments.json, {"models": models})
+    for model in models if arguments.json != "-" else ():
         print(f"{model['name']}: {model['num_bytes'] / 2**20:,.1f} MiB in {model['path']}")
     return 0
 

@@ -11,8 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from vir_hf import files
-from vir_hf.commands.outputs import add_overwrite, refuse_outputs
+from vir_hf.commands.outputs import add_json, add_overwrite, refuse_outputs, write_json
 from vir_hf.errors import RecipeError
 
 _EPILOG = """\
@@ -67,12 +66,9 @@ def main(argv: list[str]) -> int:
             bar.stop()
             print("interrupted; run the same command again to go on", file=sys.stderr)
             return INTERRUPTED
-    text = files.as_report(prepared.to_json(), indent=1, ensure_ascii=True)
+    write_json(arguments.json, prepared.to_json())
     if arguments.json == "-":
-        print(text, end="")
         return 1 if prepared.failed else 0
-    if arguments.json:
-        files.write_text(arguments.json, text)
     print(f"{prepared.rows_file}: {prepared.num_rows:,} rows")
     fetched = prepared.num_images - prepared.num_present - len(prepared.failed)
     print(f"{arguments.out}/images: {prepared.num_images - len(prepared.failed):,} images, {fetched:,} of them new")
@@ -109,7 +105,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--timeout", type=float, default=30.0, metavar="SECONDS", help="of one try, to its last byte (30)"
     )
-    parser.add_argument("--json", metavar="FILE", help="write what was done as JSON, - for the terminal")
+    add_json(parser, "what was done")
     add_overwrite(parser)
     arguments = parser.parse_args(argv)
     if arguments.num_rows is not None and arguments.num_rows < 1:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import platform
 import sys
@@ -10,8 +9,8 @@ from collections.abc import Sequence
 from importlib import metadata, util
 from typing import Any
 
-from vir_hf import files
-from vir_hf.commands.outputs import add_overwrite, recipe_inputs, refuse_outputs
+from vir_hf.commands.outputs import add_json, add_overwrite, recipe_inputs, refuse_outputs, write_json
+from vir_hf.recipe import RecipeArgumentParser, recipe_from
 
 _PACKAGES = (
     "torch",
@@ -30,23 +29,19 @@ _PACKAGES = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Return 0 if everything looked at is well, 1 if batches differ from single rows."""
-    parser = argparse.ArgumentParser(
+    parser = RecipeArgumentParser(
         prog="vir-hf doctor",
         description="Show what this machine has. With a recipe (experiment=NAME data.data_path=...) also prove, on its model, "
         "processor and rows in fp32, that padding-free batches with shared prefixes have the loss and the gradients of the "
         "rows one at a time.",
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="experiment=NAME and section.key=value")
-    parser.add_argument("--recipe", help="a recipe.yaml that a run has written")
     parser.add_argument("--rows", type=int, default=8, help="rows to compare (default 8)")
-    parser.add_argument("--json", metavar="FILE", help="write the findings to a file, or - for standard output")
+    add_json(parser, "the findings")
     add_overwrite(parser)
     options = parser.parse_args(argv)
     recipe = None
     if options.overrides or options.recipe:
-        from vir_hf.recipe import load_recipe
-
-        recipe = load_recipe(options.overrides, recipe_file=options.recipe)
+        recipe = recipe_from(options)
     inputs = [] if recipe is None else recipe_inputs(recipe, options.recipe)
     refuse_outputs([("--json", options.json)], inputs, overwrite=options.overwrite)
     findings: dict[str, Any] = {"machine": machine()}
@@ -54,12 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         findings["comparisons"] = prove(recipe, options.rows)
     if options.json != "-":
         show(findings)
-    if options.json:
-        text = files.as_report(findings)
-        if options.json == "-":
-            print(text, end="")
-        else:
-            files.write_text(options.json, text)
+    write_json(options.json, findings)
     return 0 if all(entry["is_exact"] for entry in findings.get("comparisons", [])) else 1
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import filecmp
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,8 +23,9 @@ examples:
   vir-hf evaluate outputs/my-run --data heldout.json --image-folder images --name "shelf photos, March" --blind --before
 
 A row is a LLaVA row, whose last question is asked after the turns before it, or {"id", "image", "question", "answer"}, with
-"answers" where several are right. Written into the run: evaluation.json (scores) and samples.json with samples/ (pictures with
-the answers before and after tuning). `vir-hf push` makes the card from them.
+"answers" where several are right: a list of texts, or VQA's [{"answer": ...}, ...]. Written into the run: evaluation.json
+(scores) and samples.json with samples/ (pictures with the answers before and after tuning). `vir-hf push` makes the card
+from them.
 """
 
 
@@ -78,6 +80,7 @@ def _evaluate(run: Path, arguments: argparse.Namespace) -> int:
     from vir_hf import evaluation
     from vir_hf.inference import Answerer
     from vir_hf.questions import read_questions
+    from vir_hf.scoring import NORMALISATION
 
     logging.disable_progress_bar()
     options = generation_options(arguments)
@@ -118,7 +121,10 @@ def _evaluate(run: Path, arguments: argparse.Namespace) -> int:
         by_case = dict(zip(map(id, cases), after, strict=True))
         evaluation.write_samples(run, shown, before_of_shown, [by_case[id(case)] for case in shown])
     for result in results:
-        print(f"{result['metric']:<28}{result['value']:.4f}   {result['num_rows']} rows of {result['dataset']}")
+        num_empty = result["num_empty_answers"]
+        empty = f", {num_empty} of them answered with nothing" if num_empty else ""
+        print(f"{result['metric']:<28}{result['value']:.4f}   {result['num_rows']} rows of {result['dataset']}{empty}")
+    print(f"compared as: {NORMALISATION}; an empty answer scores 0")
     print(f"in {run / evaluation.EVALUATION}" + (f" and {run / evaluation.SAMPLES}" if shown else ""))
     return 0
 
@@ -161,7 +167,7 @@ def _is_trained_on(run: Path, data: Path) -> bool:
     paths = [section.get("data_path"), *(source.get("path") for source in section.get("sources") or [])]
     for path in paths:
         if path is not None and Path(path).is_file() and Path(path).stat().st_size == data.stat().st_size:
-            if Path(path).samefile(data) or Path(path).read_bytes() == data.read_bytes():
+            if Path(path).samefile(data) or filecmp.cmp(path, data, shallow=False):
                 print(
                     f"warning: {data} is what this run was trained on; results say so, and no samples are kept",
                     file=sys.stderr,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import signal
@@ -10,37 +9,37 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 
+from vir_hf.recipe import RecipeArgumentParser, recipe_from
+from vir_hf.requirements import check_requirements
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the accelerate command and run it; returns its exit code."""
-    parser = argparse.ArgumentParser(
+    parser = RecipeArgumentParser(
         prog="vir-hf launch",
         description="Find the GPUs, choose an accelerate config by model and machine where none is named, print the command "
-        "and run it. Everything after the options is as for vir-hf train.",
+        "and run it. Recipe and overrides are as for vir-hf train.",
+        can_resume=True,
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="experiment=NAME and section.key=value")
     parser.add_argument("--config", help="a config of accelerate_configs (zero2, multi_gpu, ...) or a file")
     parser.add_argument("--num-gpus", default="all", help="how many GPUs, or all (default); 0 trains on the CPU")
     parser.add_argument("--port", type=int, help="where the processes meet (29500, or a free one if that is taken)")
-    parser.add_argument("--recipe", help="a recipe.yaml that a run has written")
-    parser.add_argument("--recipes-dir", help="a folder of your own recipes")
-    parser.add_argument(
-        "--resume", nargs="?", const="auto", help="go on from the newest whole checkpoint, or from this one"
-    )
     parser.add_argument("--dry-run", action="store_true", help="print the command only")
     options = parser.parse_args(argv)
     if options.num_gpus != "all" and not options.num_gpus.isdigit():
         parser.error(f"--num-gpus {options.num_gpus}: expected a number or all")
 
-    from vir_hf.recipe import load_recipe
-
-    recipe = load_recipe(options.overrides, recipe_file=options.recipe, recipes_dir=options.recipes_dir)
+    recipe = recipe_from(options)
+    num_gpus = None if options.num_gpus == "all" else int(options.num_gpus)
+    check_requirements(recipe, world_size=num_gpus or 1)
     from vir_hf.launching import compose
     from vir_hf.preflight import choose_port
 
     found, gpu_bytes = gpus()
+    if num_gpus is None:
+        check_requirements(recipe, world_size=max(1, found))
     arguments = list(options.overrides)
-    for name in ("recipe", "recipes_dir", "resume"):
+    for name in ("recipe", "recipes_dir"):
         value = getattr(options, name)
         if value is not None:
             arguments += [f"--{name.replace('_', '-')}", value]
@@ -48,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         recipe,
         arguments,
         config=options.config,
-        num_gpus=None if options.num_gpus == "all" else int(options.num_gpus),
+        num_gpus=num_gpus,
         found_gpus=found,
         gpu_bytes=gpu_bytes,
         port=choose_port(options.port),

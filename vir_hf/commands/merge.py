@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 
-from vir_hf import files
-from vir_hf.commands.outputs import add_overwrite, refuse_outputs
+from vir_hf.commands.outputs import add_json, add_overwrite, refuse_outputs, write_json
 
 
 def main(argv: list[str]) -> int:
@@ -23,13 +21,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--base", metavar="DIR", help="where the base lies now, if it has been moved")
     parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"))
     parser.add_argument("--revision", help="of an adapter on the Hub")
-    parser.add_argument(
-        "--json", metavar="FILE", dest="json_file", help="write the result as JSON to FILE, or - for stdout"
-    )
+    add_json(parser, "the result")
     add_overwrite(parser)
     arguments = parser.parse_args(argv)
     inputs = [arguments.run, arguments.base]
-    refuse_outputs([("--json", arguments.json_file)], inputs, overwrite=arguments.overwrite)
+    refuse_outputs([("--json", arguments.json)], inputs, overwrite=arguments.overwrite)
 
     import torch
 
@@ -37,12 +33,9 @@ def main(argv: list[str]) -> int:
 
     dtype = "auto" if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     merged = merge_run(arguments.run, arguments.out, base=arguments.base, dtype=dtype, revision=arguments.revision)
-    if arguments.json_file:
-        text = files.as_report(json.loads(json.dumps(dataclasses.asdict(merged), default=str)))
-        if arguments.json_file == "-":
-            sys.stdout.write(text)
-            return 0
-        files.write_text(arguments.json_file, text)
+    write_json(arguments.json, json.loads(json.dumps(dataclasses.asdict(merged), default=str)))
+    if arguments.json == "-":
+        return 0
     widened = ", made 16 bit first" if merged.was_quantized else ""
     print(
         f"merged {merged.adapter} and its base {merged.base}{widened} into {merged.out}\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,22 @@ def add_overwrite(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="replace files that are there; what the command reads is never replaced",
     )
+
+
+def add_json(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add `--json FILE`, the same for every command that reports: `what` says what is written."""
+    parser.add_argument("--json", metavar="FILE", help=f"write {what} as JSON to FILE, or - for standard output")
+
+
+def write_json(name: str | None, report: dict[str, Any]) -> None:
+    """Write what `--json` asked for: a file, whole or not at all; standard output for `-`; nothing without the option."""
+    if name is None:
+        return
+    text = files.as_report(report, indent=1, ensure_ascii=True)  # half a character of a row cannot be written as UTF-8
+    if name == "-":
+        sys.stdout.write(text)
+    else:
+        files.write_text(name, text)
 
 
 def refuse_outputs(

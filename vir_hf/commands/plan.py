@@ -5,8 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from vir_hf import files
-from vir_hf.commands.outputs import add_overwrite, recipe_inputs, refuse_outputs
+from vir_hf.commands.outputs import add_json, add_overwrite, recipe_inputs, refuse_outputs, write_json
 from vir_hf.recipe import RecipeArgumentParser, recipe_from
 
 if TYPE_CHECKING:
@@ -45,9 +44,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--tflops", type=float, metavar="RATE", help="TFLOP/s one device reaches in training")
     parser.add_argument("--measure", action="store_true", help="measure this machine's matrix multiplications for it")
-    parser.add_argument(
-        "--json", metavar="FILE", dest="json_file", help="write the plan as JSON to FILE, or - for stdout"
-    )
+    add_json(parser, "the plan")
     add_overwrite(parser)
     arguments = parser.parse_args(argv)
     for name in ("nodes", "gpus_per_node"):
@@ -57,14 +54,11 @@ def main(argv: list[str]) -> int:
         parser.error(f"--tflops: found {arguments.tflops:g}, expected more than 0")
     recipe = recipe_from(arguments, require_data=False)
     inputs = recipe_inputs(recipe, arguments.recipe)
-    refuse_outputs([("--json", arguments.json_file)], inputs, overwrite=arguments.overwrite)
+    refuse_outputs([("--json", arguments.json)], inputs, overwrite=arguments.overwrite)
     made = _plan(recipe, arguments)
-    if arguments.json_file == "-":
-        sys.stdout.write(_as_json(made))
-    else:
-        if arguments.json_file:
-            files.write_text(arguments.json_file, _as_json(made))
+    if arguments.json != "-":
         print_plan(made)
+    write_json(arguments.json, {"plan": made.to_dict()})
     return 0 if made.fits else 1
 
 
@@ -93,10 +87,6 @@ def _plan(recipe: Recipe, arguments: Any) -> Plan:
         tflops=tflops,
         tflops_source=source,
     )
-
-
-def _as_json(made: Plan) -> str:
-    return files.as_report({"plan": made.to_dict()})
 
 
 def print_plan(made: Plan, console: Console | None = None) -> None:

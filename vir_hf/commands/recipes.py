@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
-from vir_hf import files, recipe_files
-from vir_hf.commands.outputs import add_overwrite, refuse_outputs
+from vir_hf import recipe_files
+from vir_hf.commands.outputs import add_json, add_overwrite, refuse_outputs, write_json
 
 
 def main(argv: list[str]) -> int:
@@ -18,21 +17,15 @@ def main(argv: list[str]) -> int:
         epilog="Train one with `vir-hf train experiment=NAME data.data_path=ROWS.json`; docs/recipes.md lists every key.",
     )
     parser.add_argument("--recipes-dir", metavar="DIR", help="a folder of your own recipes, searched first")
-    parser.add_argument(
-        "--json", metavar="FILE", dest="json_file", help="write the list as JSON to FILE, or - for stdout"
-    )
+    add_json(parser, "the list")
     add_overwrite(parser)
     arguments = parser.parse_args(argv)
     inputs = [str(path) for path in recipe_files.group_options("experiment", arguments.recipes_dir).values()]
-    refuse_outputs([("--json", arguments.json_file)], inputs, overwrite=arguments.overwrite)
+    refuse_outputs([("--json", arguments.json)], inputs, overwrite=arguments.overwrite)
     experiments = list_experiments(arguments.recipes_dir)
-    if arguments.json_file:
-        text = files.as_report({"experiments": experiments})
-        if arguments.json_file == "-":
-            sys.stdout.write(text)
-            return 0
-        files.write_text(arguments.json_file, text)
-    _print_table(experiments)
+    write_json(arguments.json, {"experiments": experiments})
+    if arguments.json != "-":
+        _print_table(experiments)
     return 0
 
 

@@ -211,8 +211,12 @@ def report(output_dir: Path, scores: dict[str, Any], samples: list[Sample]) -> N
             for metric, name in names.items()
         ],
     )
-    cases = [Case(str(number), Question(it.question, [it.image]), [it.answer]) for number, it in enumerate(samples)]
-    before = answer_all(Answerer.load(str(output_dir / "pretrain")), [case.question for case in cases])
+    questions = [Question(it.question, [it.image]) for it in samples]
+    cases = [
+        Case(str(number), lambda asked=asked: asked, [it.answer])  # type: ignore[misc]
+        for number, (asked, it) in enumerate(zip(questions, samples, strict=True))
+    ]
+    before = answer_all(Answerer.load(str(output_dir / "pretrain")), questions)
     write_samples(output_dir, cases, before, [sample.given for sample in samples])
 
 
