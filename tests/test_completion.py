@@ -132,14 +132,14 @@ TYPED = {
     "vir-hf train data.data_path=my_rows.json model.projector_type=lin": (
         "vir-hf train data.data_path=my_rows.json model.projector_type=linear "
     ),
-    "vir-hf merge run --dtype bf": "vir-hf merge run --dtype bf",
     "vir-hf merge run --dtype bfl": "vir-hf merge run --dtype bfloat16 ",
     "vir-hf merge run --dtype=bfl": "vir-hf merge run --dtype=bfloat16 ",
     "vir-hf data check my_f": "vir-hf data check my_folder/",
     "vir-hf data check my_folder/with": "vir-hf data check my_folder/with\\ space.json ",
     "vir-hf chat --device c my_f": "vir-hf chat --device c my_folder/",
 }
-TYPED["vir-hf merge run --dtype bf"] = TYPED["vir-hf merge run --dtype bfl"]
+# Several words are possible and have no letter in common: the line stays as it is.
+UNCHANGED = ["vir-hf train quantization=", "vir-hf train experiment=quickstart model.projector_type=", "vir-hf d"]
 
 
 @pytest.fixture(scope="module")
@@ -210,8 +210,8 @@ def lines_after_tab(shell: str, place: Path, typed: list[str]) -> list[str]:
 def test_a_real_shell_completes(shell: str, place: Path) -> None:
     if shutil.which(shell) is None:
         pytest.skip(f"{shell} is not installed")
-    found = lines_after_tab(shell, place, list(TYPED))
-    expected = list(TYPED.values())
+    found = lines_after_tab(shell, place, [*TYPED, *UNCHANGED])
+    expected = [*TYPED.values(), *UNCHANGED]
     assert [line.rstrip() for line in found] == [line.rstrip() for line in expected]
     # zsh keeps a space that it would take back again; whether a value can follow at once is what counts.
     assert [line.endswith(("=", "/")) for line in found] == [line.endswith(("=", "/")) for line in expected]

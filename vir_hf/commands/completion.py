@@ -22,18 +22,17 @@ _BASH = r"""# Completion of vir-hf for bash. Now: source <(vir-hf completion bas
 _vir_hf_complete() {
     local line word piece head answer
     local -a words=()
-    # Bash cuts words at = and :, vir-hf does not: what stood without a gap is joined again.
+    # Bash cuts words at = and :, vir-hf does not: what stood without a gap is joined again, up to the cursor.
     local index gap=1 rest=${COMP_LINE:0:COMP_POINT}
     for ((index = 0; index <= COMP_CWORD; index++)); do
-        piece=${COMP_WORDS[index]}
-        [[ $index -eq $COMP_CWORD ]] && piece=$2
         if [[ $rest == [[:space:]]* ]]; then gap=1; fi
         rest=${rest#"${rest%%[![:space:]]*}"}
+        piece=${COMP_WORDS[index]}
+        if ((index == COMP_CWORD)); then piece=$rest; fi
         rest=${rest#"$piece"}
         if ((gap)); then words+=("$piece"); else words[${#words[@]}-1]+=$piece; fi
         gap=0
     done
-    [[ ${COMP_LINE:0:COMP_POINT} == *[[:space:]] && -n ${words[${#words[@]}-1]} ]] && words+=("")
     word=${words[${#words[@]}-1]}
     head=
     [[ $COMP_WORDBREAKS == *=* && $word == *=* ]] && head=${word%"${word##*=}"}
