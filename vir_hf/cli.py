@@ -46,6 +46,9 @@ COMMANDS = {
     "push": Command("vir_hf.commands.push", "publish a run on the Hub with its card"),
     "space": Command("vir_hf.commands.space", "publish the demo as a Space"),
     "doctor": Command("vir_hf.commands.doctor", "check this machine, and that fast batches equal single rows"),
+    "completion": Command(
+        "vir_hf.commands.completion", "print the script that completes commands in bash, zsh or fish"
+    ),
 }
 
 

@@ -13,7 +13,7 @@ import argparse
 import dataclasses
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -288,22 +288,34 @@ _SECTIONS: dict[str, type[Any]] = {
 }
 
 
+_PASSED_THROUGH: dict[str, Callable[[], dict[str, upstream.Argument]]] = {
+    "training": upstream.sft_arguments,
+    "lora": upstream.lora_arguments,
+    "quantization": upstream.quantization_arguments,
+}
+
+
 @lru_cache
 def schema() -> dict[str, dict[str, upstream.Argument]]:
     """Return every key a recipe may hold, by section: ours, and the installed upstream classes' own."""
-    passed_through = {
-        "training": upstream.sft_arguments(),
-        "lora": upstream.lora_arguments(),
-        "quantization": upstream.quantization_arguments(),
-    }
-    known = {
-        section: {**passed_through.get(section, {}), **_own_arguments(section_class)}
-        for section, section_class in _SECTIONS.items()
-    }
+    return {section: section_arguments(section) for section in _SECTIONS}
+
+
+def section_names() -> tuple[str, ...]:
+    """Return the sections of a recipe, in order."""
+    return tuple(_SECTIONS)
+
+
+@lru_cache
+def section_arguments(section: str) -> dict[str, upstream.Argument]:
+    """Return every key of one section; no source but this section's is read."""
+    known = {**_PASSED_THROUGH.get(section, dict)(), **_own_arguments(_SECTIONS[section])}
     for key, words in recipe_keys.WORDS.items():
-        section, _, name = key.partition(".")
-        if name in known[section]:
-            known[section][name] = dataclasses.replace(known[section][name], choices=words)
+        of_section, _, name = key.partition(".")
+        if of_section == section and name in known:
+            known[name] = dataclasses.replace(known[name], choices=words)
+    if section != "model":
+        return known
     # These two dictionaries are where a new word is added; their modules are too heavy to import for a typo.
     package = Path(__file__).parent
     for name, file, dictionary, more in (
@@ -311,7 +323,7 @@ def schema() -> dict[str, dict[str, upstream.Argument]]:
         ("template", "templates.py", "TEMPLATES", ("auto",)),
     ):
         words = (*upstream.keys_of_dictionary(package / file, dictionary), *more)
-        known["model"][name] = dataclasses.replace(known["model"][name], choices=words)
+        known[name] = dataclasses.replace(known[name], choices=words)
     return known
 
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention over the segments of one packed row: exact, without a dense mask, linear in the number of segments.
 
 A packed row `(1, T)` is a sequence of segments. A segment attends causally to itself and, if it names a prefix segment,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The configuration of a LLaVA model whose projector may be any of `PROJECTORS`."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a causal language model does to the logits of its head, which a LLaVA model has no place for."""
 
 from __future__ import annotations

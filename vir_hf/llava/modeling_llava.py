@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The LLaVA pair: `LlavaModel` (tower -> projector -> merge -> language model) and `LlavaForCausalLM`.
 
 Both extend transformers' own classes, so weights, generation and attention back ends are theirs. What is ours is in

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Modules that carry vision features into the language model's embedding space: recipe word -> class."""
 
 from __future__ import annotations
