@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 
 from vir_hf.checkpoints import OF_EVALUATION, run_folder
-from vir_hf.errors import DataError, shown
+from vir_hf.errors import DataError, clipped
 from vir_hf.files import writing
 from vir_hf.identity import picture_identity
 from vir_hf.images import open_image
@@ -51,7 +51,7 @@ def read_cases(rows: Sequence[Mapping[str, Any]], folder: str) -> list[Case]:
         try:
             cases.append(Case(str(row["id"]), row_question(row, folder), row_references(row), _first_picture(row)))
         except DataError as error:
-            raise DataError(f"row with id {shown(row['id'])}: {error}") from error
+            raise DataError(f"row with id {clipped(str(row['id']), 80)}: {error}") from error
     return cases
 
 
