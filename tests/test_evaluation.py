@@ -86,8 +86,8 @@ def test_samples_show_every_picture_once(tmp_path: Path) -> None:
         ]
     rows.append({"id": "text", "question": "?", "answer": "!"})
     cases = read_cases(rows, str(tmp_path))
-    places = {str((tmp_path / f"{number}.png").resolve()) for number in range(4)}
-    assert {cases[number].picture for number in choose_samples(cases, 6)} == places
+    chosen = choose_samples(cases, 6)
+    assert sorted(cases[number].id[0] for number in chosen) == ["0", "1", "2", "3"]
     assert len(choose_samples(cases, 2)) == 2
 
 

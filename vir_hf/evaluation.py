@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 
 from vir_hf.checkpoints import OF_EVALUATION, run_folder
-from vir_hf.errors import DataError, shown
+from vir_hf.errors import DataError, clipped
 from vir_hf.files import writing
 from vir_hf.identity import picture_identity
 from vir_hf.image_folder import ImageFolder
@@ -63,7 +63,7 @@ def read_cases(rows: Sequence[Mapping[str, Any]], folder: str) -> list[Case]:
             open_again = functools.partial(row_question, row, images)
             cases.append(Case(str(row["id"]), open_again, row_references(row), first))
         except DataError as error:
-            raise DataError(f"row with id {shown(row['id'])}: {error}") from error
+            raise DataError(f"row with id {clipped(str(row['id']), 80)}: {error}") from error
     return cases
 
 

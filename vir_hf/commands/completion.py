@@ -135,10 +135,10 @@ def complete(words: Sequence[str]) -> Iterable[str]:
     from vir_hf.cli import COMMANDS
 
     if len(words) <= 2:
-        listed = [f"{name}\t{command.help}" for name, command in COMMANDS.items() if command.is_installed]
+        listed = [f"{name}\t{command.help}" for name, command in COMMANDS.items()]
         return _starting(words[-1] if len(words) == 2 else "", [*listed, "--help", "--version"])
     command = COMMANDS.get(words[1])
-    if command is None or not command.is_installed:
+    if command is None:
         return []
     before, word = list(words[2:-1]), words[-1]
     if words[1] == "data":
