@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -46,6 +47,7 @@ def faulty(tmp_path: Path) -> tuple[Path, Path, dict[int, set[str]]]:
     (images / "text.jpg").write_text("<html>404 Not Found</html>")
     (images / "really_gif.jpg").write_bytes(picture("GIF"))
     Image.new("1", (12_000, 12_000)).save(images / "bomb.png")
+    Image.fromarray(np.tile(np.arange(4096, dtype=np.uint16), (2, 1))).save(images / "deep.png")  # 12 of 16 bits
     (tmp_path / "outside.jpg").write_bytes(jpeg)
     (images / "link.jpg").symlink_to(tmp_path / "outside.jpg")
     rows_and_kinds: list[tuple[object, set[str]]] = [
@@ -58,6 +60,7 @@ def faulty(tmp_path: Path) -> tuple[Path, Path, dict[int, set[str]]]:
         (row("text", "text.jpg"), {"image_unreadable"}),
         (row("bomb", "bomb.png"), {"image_too_large"}),
         (row("misnamed", "really_gif.jpg"), {"image_misnamed"}),
+        (row("deep", "deep.png"), {"image_few_greys"}),
         (row("dots", "../outside.jpg"), {"image_outside_folder"}),
         (row("link", "link.jpg"), {"image_outside_folder"}),
         (row("url", "https://example.invalid/a.jpg"), {"image_url"}),

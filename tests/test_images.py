@@ -10,6 +10,7 @@ import pickle
 import socket
 import struct
 import tarfile
+import unicodedata
 import zipfile
 from pathlib import Path
 
@@ -23,12 +24,13 @@ from PIL import (
     Image,
     WmfImagePlugin,
 )
+from torch._utils import ExceptionWrapper
 from transformers import CLIPImageProcessor
 
-from vir_hf.errors import DataError, ImageError
+from vir_hf.errors import DataError, ImageError, RecipeError, RunError
 from vir_hf.identity import Itself, picture_identity
 from vir_hf.image_folder import ImageFolder
-from vir_hf.images import FORMATS, is_upright, open_image, read_image_header, read_image_size
+from vir_hf.images import FORMATS, count_greys, is_upright, open_image, read_image_header, read_image_size
 from vir_hf.preprocessing import ImagePreprocessor
 
 
@@ -323,7 +325,8 @@ class TestFolder:
         assert open_image("000000000042.jpg", folder).size == (8, 4)
         assert open_image("train2014/COCO_train2014_000000000077.jpg", folder).size == (8, 4)
         assert kind_of("COCO_train2014_000000000010.jpg", folder) == "image_missing"
-        assert kind_of("000000000009.jpg\n", folder) == "image_missing"
+        assert open_image("000000000009.jpg\n", folder).size == (8, 4)  # white space around a name is nobody's
+        assert kind_of("000000000010.jpg\n", folder) == "image_missing"
         # A place written down before the file was renamed.
         assert open_image({"bytes": None, "path": str(folder / "000000000042.jpg")}).size == (8, 4)
 
@@ -465,3 +468,94 @@ def test_every_odd_file_is_rgb_or_has_a_named_reason(shared_data: Path):
             is_turned = "exif_orient=6" in entry["pil"]
             assert image.size == (size[::-1] if is_turned else size), entry
     assert os.environ.get("PIL_LOAD_TRUNCATED") is None
+
+
+class TestNames:
+    """The same name, as another system or program writes it."""
+
+    @pytest.mark.parametrize(
+        ("on_disk", "written"),
+        [
+            (unicodedata.normalize("NFD", "caf\u00e9/\u00fc.png"), "caf\u00e9/\u00fc.png"),
+            ("caf\u00e9.png", unicodedata.normalize("NFD", "caf\u00e9.png")),
+            ("a/b c.png", "a\\b c.png"),
+            ("a/b c.png", "a/b%20c.png"),
+            ("a.png", " a.png "),
+            ("50%25.png", "50%25.png"),  # what is there as it is written is taken as it is written
+        ],
+    )
+    def test_it_is_found(self, on_disk: str, written: str, tmp_path: Path) -> None:
+        path = tmp_path / on_disk
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(encode(half_red()))
+        assert ImageFolder(tmp_path).locate(written) == str(path)
+        with zipfile.ZipFile(tmp_path / "all.ZIP", "w") as archive:
+            archive.write(path, on_disk)
+        assert ImageFolder(tmp_path / "all.ZIP").locate(written) == f"zip://{on_disk}::{tmp_path / 'all.ZIP'}"
+
+    def test_a_name_in_other_letters_is_told_and_not_taken(self, tmp_path: Path) -> None:
+        (tmp_path / "IMG_1.JPG").write_bytes(encode(half_red()))
+        with pytest.raises(ImageError, match=r"Did you mean IMG_1\.JPG\?"):
+            ImageFolder(tmp_path).locate("img_1.jpg")
+        with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+            archive.write(tmp_path / "IMG_1.JPG", "deep/IMG_1.JPG")
+        with pytest.raises(ImageError, match=r"Did you mean deep/IMG_1\.JPG\?"):
+            ImageFolder(tmp_path / "all.zip").locate("img_1.jpg")
+
+    @pytest.mark.parametrize(
+        "written", ["..%2Fsecret.png", "..\\secret.png", "%2e%2e/secret.png", "a\\..\\..\\secret.png"]
+    )
+    def test_no_spelling_leaves_the_folder(self, written: str, tmp_path: Path) -> None:
+        (tmp_path / "secret.png").write_bytes(encode(half_red()))
+        (tmp_path / "images" / "a").mkdir(parents=True)
+        with pytest.raises(ImageError) as caught:
+            ImageFolder(tmp_path / "images").locate(written)
+        assert caught.value.kind in ("image_outside_folder", "image_missing")
+
+    @pytest.mark.parametrize("codec", ["utf-8", "gbk", "cp1252", "shift_jis"])
+    def test_zips_that_do_not_say_how_their_names_are_encoded(self, codec: str, tmp_path: Path) -> None:
+        name = {"gbk": "\u56fe.png", "shift_jis": "\u56f3.png"}.get(codec, "\u00e9t\u00e9.png")
+        path = tmp_path / "old.zip"
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr(zipfile.ZipInfo("x" * len(name.encode(codec))), encode(half_red()))
+        data = path.read_bytes().replace(b"x" * len(name.encode(codec)), name.encode(codec))
+        path.write_bytes(data)
+        assert open_image(ImageFolder(path).locate(name)).size == (8, 4)
+
+    def test_zips_of_windows_with_backslashes(self, tmp_path: Path) -> None:
+        path = tmp_path / "old.zip"
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("train/a.png", encode(half_red()))
+        path.write_bytes(path.read_bytes().replace(b"train/a.png", b"train\\a.png"))
+        for written in ("train/a.png", "train\\a.png"):
+            assert open_image(ImageFolder(path).locate(written)).size == (8, 4)
+
+
+@pytest.mark.parametrize(("bits", "left"), [(16, 256), (12, 16), (10, 4)])
+def test_how_many_greys_are_left_of_a_deep_image(bits: int, left: int) -> None:
+    ramp = np.tile(np.linspace(0, 2**bits - 1, 512), (4, 1)).astype(np.uint16)
+    assert count_greys(encode(Image.fromarray(ramp)))[1] == left
+    assert read_image_header(encode(Image.fromarray(ramp))).is_deep
+    assert not read_image_header(encode(half_red())).is_deep
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ImageError("image_missing", "a.png: gone. Fetch it."), DataError("row 3: odd"), RecipeError("x"), RunError("y")],
+)
+def test_an_error_that_torch_hands_on_from_a_worker_is_its_own_message(error: Exception) -> None:
+    try:
+        raise error
+    except Exception:
+        handed_on = ExceptionWrapper(where="in DataLoader worker process 0")
+    with pytest.raises(type(error)) as caught:
+        handed_on.reraise()
+    assert str(caught.value) == str(error)
+
+
+def test_an_address_with_a_space_is_fetched(http_folder: tuple[Path, str]) -> None:
+    root, url = http_folder
+    (root / "a b.png").write_bytes(encode(half_red()))
+    assert open_image(f"{url}/a b.png", allow_urls=True).size == (8, 4)
+    with pytest.raises(ImageError, match="URL"):
+        open_image(f"file://{root}/a b.png", allow_urls=True)

@@ -235,6 +235,7 @@ WRITERS = {
         "write_text": "the code and the configuration beside what `save_pretrained` has just written there",
     },
     "language_models": {"save_pretrained": "a trial copy into a temporary folder"},
+    "llava.processing_llava": {"save_pretrained": "upstream's own, into the folder that its caller names"},
     "llava.portable": {
         "write_text": "over what `save_pretrained` has just written there",
         "shutil.copyfile": "the tokenizer's own file beside it, where there is none",

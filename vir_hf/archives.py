@@ -6,6 +6,7 @@ forked dataloader workers and threads never share a file position.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import stat
@@ -20,6 +21,8 @@ from vir_hf.errors import DataError, ImageError
 ARCHIVE_SUFFIXES = (".zip", ".tar")
 MAX_MEMBER_BYTES = 2**30
 _ZIP_LOCAL_HEADER_BYTES = 30
+# In which encodings names of zip and tar members are found, where nothing says so.
+_NAME_ENCODINGS = ("utf-8", "cp1252", "gbk", "shift_jis", "euc_kr", "big5", "cp1251")
 
 
 class Member(NamedTuple):
@@ -36,7 +39,7 @@ class Archive:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.scheme = "zip" if path.endswith(".zip") else "tar"
+        self.scheme = "zip" if path.lower().endswith(".zip") else "tar"
         try:
             self.members = _zip_members(path) if self.scheme == "zip" else _tar_members(path)
         except (zipfile.BadZipFile, tarfile.TarError, struct.error, EOFError) as error:
@@ -47,6 +50,26 @@ class Archive:
         tops = {name.partition("/")[0] for name in self.members if "/" in name}
         flat = any("/" not in name for name in self.members)
         self.top_folder = tops.pop() if len(tops) == 1 and not flat else None
+
+    def readings(self, name: str) -> list[str]:
+        """Return a name as members may be called whose archive does not say in which encoding their names are.
+
+        A zip file without the flag for UTF-8 is read as code page 437; programs write the encoding of their machine all the
+        same. The bytes are compared, so what is found is the member with exactly these bytes.
+        """
+        if name.isascii():
+            return []
+        codec, errors = ("cp437", "strict") if self.scheme == "zip" else ("utf-8", "surrogateescape")
+        found = []
+        for written in _NAME_ENCODINGS:
+            with contextlib.suppress(UnicodeError):
+                found.append(name.encode(written).decode(codec, errors))
+        return [reading for reading in dict.fromkeys(found) if reading != name]
+
+    @functools.cached_property
+    def by_case(self) -> dict[str, str]:
+        """Members by their names in letters of one case, for messages about names that nearly fit."""
+        return {name.casefold(): name for name in self.members}
 
     def read(self, name: str) -> bytes:
         """Return the bytes of a member; `ImageError` when it is not there or damaged."""
@@ -85,7 +108,7 @@ def _zip_members(path: str) -> dict[str, Member]:
                 continue
             if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise zipfile.BadZipFile(f"{info.filename} is encrypted or compressed other than by deflate")
-            name = info.filename.removeprefix("./")
+            name = info.filename.replace("\\", "/").removeprefix("./")  # some programs of Windows write backslashes
             members[name] = Member(info.header_offset, info.compress_size, info.file_size, info.compress_type)
     return members
 

@@ -30,7 +30,7 @@ from vir_hf.conversations import (
 from vir_hf.errors import DataError, ImageError, RecipeError, clipped, shown
 from vir_hf.identity import picture_identity
 from vir_hf.image_folder import ImageFolder
-from vir_hf.images import ImageHeader, is_misnamed, open_image, read_image_header
+from vir_hf.images import ImageHeader, count_greys, is_misnamed, open_image, read_image_header
 from vir_hf.row_files import RowRange, find_data_files, read_rows, split_rows
 from vir_hf.row_keys import unread_keys
 from vir_hf.rows import text_problem
@@ -48,11 +48,14 @@ REMEDIES = {
     "image_too_large": "Shrink the picture.",
     "image_outside_folder": "Keep pictures below the image folder.",
     "image_url": "Download the picture (vir-hf data prepare), or set data.allow_urls=true.",
+    "image_few_greys": "Scale its greys to 8 bits yourself; the upper 8 of 16 bits are kept, whatever part of them is used.",
     "image_misnamed": "Nothing need be done: the content is what counts. Rename the file for other tools.",
 }
 ERRORS = frozenset([*FATAL_KINDS, "nothing_supervised", *(k for k in REMEDIES if k.startswith("image_"))]) - {
-    "image_misnamed"
+    "image_misnamed",
+    "image_few_greys",
 }
+_FEW_GREYS = 64  # of 256: what a 12-bit image in a 16-bit file has left is 16, of a 10-bit one 4
 _ROWS_PER_PART = 2_000
 _IMAGES_PER_TASK = 500
 _BYTES_PER_TASK = 2**20
@@ -140,10 +143,10 @@ _CHECK = _Check(None)
 
 
 class _Embedded(NamedTuple):
-    """A picture that came with its row: which one it is, and its header, or kind and detail of what is wrong with it."""
+    """An image that came with its row: which one it is, its header, and kind and detail of what is wrong with it."""
 
     identity: Hashable
-    outcome: ImageHeader | tuple[str, str]
+    findings: list[ImageHeader | tuple[str, str]]
 
 
 @dataclasses.dataclass
@@ -325,12 +328,12 @@ def _too_long(row: dict[str, Any], num_tokens: int, max_length: int) -> tuple[st
 def _reference(image: Any) -> str | _Embedded:
     """Return a file's name as it is; of an embedded picture which one it is and what it looks like."""
     if isinstance(image, dict) and image.get("bytes") is not None:
-        return _Embedded(picture_identity(image), _look_at({"bytes": image["bytes"], "path": image.get("path")}))
+        return _Embedded(picture_identity(image), _findings({"bytes": image["bytes"], "path": image.get("path")}))
     if isinstance(image, dict):
         image = image.get("path")
     if isinstance(image, str):
         return image
-    return _Embedded(picture_identity(image), ("image_missing", f"image {shown(image)}: expected a file name"))
+    return _Embedded(picture_identity(image), [("image_missing", f"image {shown(image)}: expected a file name")])
 
 
 def _digest(raw: Any) -> bytes:
@@ -380,7 +383,7 @@ def _check_images(
             else:  # embedded in its row, and looked at there
                 key = ("embedded", reference.identity)
                 if key not in users:
-                    looked.append((key, [reference.outcome]))
+                    looked.append((key, reference.findings))
                 users.setdefault(key, []).append(user)
     named = [key for key in users if key[0] != "embedded"]
     tasks = [named[start : start + _IMAGES_PER_TASK] for start in range(0, len(named), _IMAGES_PER_TASK)]
@@ -447,10 +450,27 @@ def _look_at_file(file: str, reference: str) -> list[ImageHeader | tuple[str, st
         return [(error.kind, str(error))]
     if place.startswith(("http://", "https://")):
         return []  # allowed, and not fetched to be looked at
-    outcome = _look_at(place)
-    if isinstance(outcome, ImageHeader) and is_misnamed(reference, outcome.format):
-        return [outcome, ("image_misnamed", f"{reference}: is a {outcome.format} file by its content")]
-    return [outcome]
+    findings = _findings(place)
+    header = findings[0]
+    if isinstance(header, ImageHeader) and is_misnamed(reference, header.format):
+        findings.append(("image_misnamed", f"{reference}: is a {header.format} file by its content"))
+    return findings
+
+
+def _findings(source: str | dict[str, Any]) -> list[ImageHeader | tuple[str, str]]:
+    """Return the header of an image and what a person should know of it; or what keeps it from being opened."""
+    outcome = _look_at(source)
+    if not isinstance(outcome, ImageHeader) or not outcome.is_deep:
+        return [outcome]
+    try:
+        num_greys, num_left = count_greys(source)
+    except ImageError as error:
+        return [(error.kind, str(error))]
+    if num_left > _FEW_GREYS or num_left >= num_greys:
+        return [outcome]
+    name = shown(source if isinstance(source, str) else source.get("path") or "an embedded image")
+    detail = f"{name}: of its {num_greys:,} greys {num_left} are left (of 256): it comes out nearly one colour"
+    return [outcome, ("image_few_greys", detail)]
 
 
 def _look_at(source: str | dict[str, Any]) -> ImageHeader | tuple[str, str]:

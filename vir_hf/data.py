@@ -20,7 +20,7 @@ from vir_hf.errors import DataError, ImageError, RecipeError, clipped
 from vir_hf.image_folder import ImageFolder
 from vir_hf.images import open_image
 from vir_hf.row_cache import cache_folder, cached_rows, fingerprint
-from vir_hf.row_files import DATA_SUFFIXES, RowRange, find_data_files, read_rows, split_rows
+from vir_hf.row_files import DATA_SUFFIXES, RowRange, find_data_files, is_data_file, read_rows, split_rows
 from vir_hf.rows import BadRow, BadRowPolicy, normalise_row, report_unread
 
 logger = logging.getLogger(__name__)
@@ -376,7 +376,7 @@ def local_data(path: str | os.PathLike[str]) -> str:
 
 def is_hub_id(path: str) -> bool:
     """Whether a path that is no file here can be the name of a Hub data set, `owner/name`."""
-    return bool(_HUB_ID.match(path)) and not path.endswith(DATA_SUFFIXES)
+    return bool(_HUB_ID.match(path)) and not is_data_file(path)
 
 
 def local_path(path: str | os.PathLike[str]) -> str:

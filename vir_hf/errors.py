@@ -6,6 +6,7 @@ stand, and keeps its beginning (what was found, and where) and its end (what to 
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 MAX_MESSAGE = 500
@@ -40,37 +41,55 @@ def shown(value: Any) -> str:
     return clipped(repr(value), _MAX_SHOWN)
 
 
+_RAISED = re.compile(r"^(?:vir_hf\.errors\.)?(?:RecipeError|DataError|ImageError|RunError): ", re.MULTILINE)
+
+
+def _own_words(text: str) -> str:
+    """Return the message of an error, also where torch hands it on from a data loader's worker.
+
+    What a worker raised comes back as an error of the same class whose message is the worker's whole traceback.
+    """
+    if text.startswith("Caught ") and "Original Traceback" in text:
+        *_, last = [None, *_RAISED.finditer(text)]
+        text = text[last.end() :].strip() if last else text
+    return clipped(text)
+
+
 class RecipeError(ValueError):
     """A recipe (or a command's argument) that cannot be run; the message names the key and the remedy."""
 
     def __str__(self) -> str:
-        return clipped(super().__str__())
+        return _own_words(super().__str__())
 
 
 class DataError(ValueError):
     """A file, a row or an image that cannot be used; the message names the file, the row number or id, and the reason."""
 
     def __str__(self) -> str:
-        # torch hands on what a data loader's worker raised with the worker's traceback as the message; its end is the message.
-        text = super().__str__()
-        is_handed_on = text.startswith("Caught ") and "Original Traceback" in text
-        return clipped(text.rpartition("DataError: ")[2].strip() if is_handed_on else text)
+        return _own_words(super().__str__())
 
 
 class ImageError(DataError):
-    """A picture that cannot be used. `kind` is the word the data check counts it under, such as `image_missing`."""
+    """An image that cannot be used. `kind` is the word the data check counts it under, such as `image_missing`.
 
-    def __init__(self, kind: str, message: str) -> None:
+    Args:
+        kind: the word; where the message is missing, this is the message, and the kind `image_unusable`: so torch makes an
+            error anew that a data loader's worker raised.
+    """
+
+    def __init__(self, kind: str, message: str | None = None) -> None:
+        if message is None:
+            kind, message = "image_unusable", kind
         super().__init__(kind, message)
         self.kind = kind
         self.message = message
 
     def __str__(self) -> str:
-        return clipped(self.message)
+        return _own_words(self.message)
 
 
 class RunError(RuntimeError):
     """A run that could not go on: a full disk, bad numbers, no memory. The message says what is left and what to do."""
 
     def __str__(self) -> str:
-        return clipped(super().__str__())
+        return _own_words(super().__str__())

@@ -8,9 +8,11 @@ folder, neither by `..` nor by a symbolic link. `read_bytes` gives what lies at 
 from __future__ import annotations
 
 import functools
+import http.client
 import os
 import re
 import stat
+import unicodedata
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -49,14 +51,17 @@ class ImageFolder:
     def __init__(self, path: str | os.PathLike[str], *, allow_urls: bool = False) -> None:
         self.path = str(path)
         self.allow_urls = allow_urls
-        self.is_archive = self.path.endswith(ARCHIVE_SUFFIXES) and not os.path.isdir(self.path)
+        self.is_archive = self.path.lower().endswith(ARCHIVE_SUFFIXES) and not os.path.isdir(self.path)
         if not os.path.exists(self.path):
             raise DataError(
                 f"image folder {self.path}: no such folder or archive (looked in {os.getcwd()}); expected a directory, a .zip "
                 "or a .tar. Set data.image_folder (or --image-folder) to the place the rows' image paths start from."
             )
         if not self.is_archive and not os.path.isdir(self.path):
-            raise DataError(f"image folder {self.path}: is a file; expected a directory, a .zip or a .tar.")
+            raise DataError(
+                f"image folder {self.path}: is a file; expected a directory, a .zip or a .tar. Unpack any other archive, such as "
+                "a .tar.gz or .tgz, first."
+            )
         self._root = os.path.realpath(self.path)
         self._places: dict[str, _Listing | None] = {}
 
@@ -96,13 +101,28 @@ class ImageFolder:
             raise ImageError("image_missing", f"{reference!r}: is no file name; expected a path below {self.path}.")
         find = functools.partial(_locate_in_archive, self._root) if self.is_archive else self._locate_in_directory
         place = find(reference) or next(filter(None, map(find, _other_editions(reference))), None)
+        # Only where nothing is called so: the same name as another program writes it. Each is looked for below this folder.
+        place = place or next(filter(None, map(find, _other_spellings(reference))), None)
         if place is None:
+            near = self._near_miss(reference)
             raise ImageError(
                 "image_missing",
-                f"{reference}: not found in {self.path}. Check image_folder (the rows' paths start from it) or fetch the "
-                "picture (vir-hf data prepare).",
+                f"{reference}: not found in {self.path}.{f' Did you mean {near}?' if near else ''} Check image_folder (the rows' "
+                "paths start from it) or fetch the image (vir-hf data prepare).",
             )
         return place
+
+    def _near_miss(self, reference: str) -> str | None:
+        """Return the name of an image that differs from a reference in the case of its letters alone."""
+        wanted = reference.replace("\\", "/").strip().removeprefix("./")
+        if self.is_archive:
+            archive = open_archive(self._root)
+            tops = ("", f"{archive.top_folder}/") if archive.top_folder else ("",)
+            return next(filter(None, (archive.by_case.get((top + wanted).casefold()) for top in tops)), None)
+        directory, name = os.path.split(wanted)
+        listing = None if ".." in wanted.split("/") else self._list(os.path.join(self._root, directory))
+        near = listing.by_case.get(name.casefold()) if listing else None
+        return os.path.join(directory, near) if near else None
 
     def _locate_in_directory(self, reference: str) -> str | None:
         directory, name = os.path.split(os.path.join(self._root, reference))
@@ -166,6 +186,11 @@ class _Listing:
                 if entry.is_symlink():
                     self.links.add(entry.name)
 
+    @functools.cached_property
+    def by_case(self) -> dict[str, str]:
+        """Names by their letters in one case, for messages about names that nearly fit."""
+        return {name.casefold(): name for name in self.names}
+
 
 def _coco_names(name: str) -> list[str]:
     """Return a file name, followed by the names the same COCO picture has in other editions."""
@@ -181,6 +206,23 @@ def _other_editions(reference: str) -> Iterator[str]:
     parent, edition = os.path.split(folder)
     if _COCO_EDITION.match(edition) and _COCO_NAME.match(name):
         yield from (os.path.join(parent, other, name) for other in _COCO_FOLDERS if other != edition)
+
+
+def _other_spellings(reference: str) -> Iterator[str]:
+    """Yield a reference as another system or program writes the same name.
+
+    Accents composed or decomposed (macOS), backslashes (Windows), characters escaped as in a URL, white space around it.
+    """
+    spellings = [reference, reference.strip()]
+    if "\\" in reference:
+        spellings.append(reference.replace("\\", "/").strip())
+    if "%" in reference:
+        spellings += [urllib.parse.unquote(spelling) for spelling in spellings]
+    if not reference.isascii() or "%" in reference:
+        spellings += [unicodedata.normalize(form, spelling) for form in ("NFC", "NFD") for spelling in spellings]
+    for spelling in dict.fromkeys(spellings):
+        if spelling and spelling != reference and "\0" not in spelling and not is_url(spelling):
+            yield spelling
 
 
 def _locate_in_archive(archive_path: str, reference: str) -> str | None:
@@ -200,8 +242,9 @@ def _locate_in_archive(archive_path: str, reference: str) -> str | None:
         folder, _, name = candidate.rpartition("/")
         for alias in _coco_names(name):
             inner = f"{folder}/{alias}" if folder else alias
-            if inner in archive.members:
-                return f"{archive.scheme}://{inner}::{archive_path}"
+            for reading in (inner, *archive.readings(inner)):
+                if reading in archive.members:
+                    return f"{archive.scheme}://{reading}::{archive_path}"
     return None
 
 
@@ -257,6 +300,11 @@ def read_bytes(place: str, *, allow_urls: bool = False) -> bytes:
         ) from error
 
 
+def quoted_url(url: str) -> str:
+    """Return a URL with its spaces and accents escaped, as a browser sends it; what is escaped already stays."""
+    return urllib.parse.quote(url.strip(), safe="%/:=&?~#+!$,;'@()*[]")
+
+
 def _download(url: str, allow_urls: bool) -> bytes:
     if not allow_urls or urllib.parse.urlsplit(url).scheme not in ("http", "https"):
         raise ImageError(
@@ -265,9 +313,9 @@ def _download(url: str, allow_urls: bool) -> bytes:
             "URLs with data.allow_urls=true.",
         )
     try:
-        with urllib.request.urlopen(url, timeout=30) as response:
+        with urllib.request.urlopen(quoted_url(url), timeout=30) as response:
             data: bytes = response.read(MAX_DOWNLOAD_BYTES + 1)
-    except (OSError, ValueError, urllib.error.URLError) as error:
+    except (OSError, ValueError, http.client.HTTPException, urllib.error.URLError) as error:
         raise ImageError("image_missing", f"{url}: download failed ({error}). Try the address in a browser.") from error
     if len(data) > MAX_DOWNLOAD_BYTES:
         raise ImageError("image_too_large", f"{url}: larger than {MAX_DOWNLOAD_BYTES >> 20} MiB; download it yourself.")

@@ -200,12 +200,16 @@ def _describe(error: Exception) -> str:
 
 
 class ImageHeader(NamedTuple):
-    """What the first bytes of an image file say: size in pixels, Pillow's word for the format, size of the file."""
+    """What the first bytes of an image file say: size in pixels, Pillow's word for the format, size of the file.
+
+    `is_deep` says that its greys have more than 8 bits, which become 8.
+    """
 
     width: int
     height: int
     format: str
     num_bytes: int
+    is_deep: bool = False
 
 
 def read_image_header(source: str | bytes | dict[str, Any]) -> ImageHeader:
@@ -238,11 +242,25 @@ def _read_header(file: BinaryIO, name: str) -> ImageHeader:
         tail = file.read()
         file.seek(0)
         image = _open(file, name)
-        header = ImageHeader(*image.size, image.format or "", num_bytes)
+        header = ImageHeader(*image.size, image.format or "", num_bytes, image.mode.startswith(("I", "F")))
         ending = _ENDINGS.get(header.format)
         if ending is None or ending not in tail:
             _load(image, name)
     return header
+
+
+def count_greys(source: str | bytes | dict[str, Any]) -> tuple[int, int]:
+    """Return how many greys a deep image has, and how many of the 256 are left of them in what the model is shown.
+
+    Raises:
+        ImageError: as `open_image`.
+    """
+    data, name = read_image_bytes(source)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        image = _open(io.BytesIO(data), name)
+        shown = _load(image, name)
+        return len(np.unique(np.asarray(image))), len(np.unique(np.asarray(shown)[..., 0]))
 
 
 def is_misnamed(name: str, image_format: str) -> bool:

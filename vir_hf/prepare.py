@@ -21,7 +21,7 @@ from typing import Any
 
 from vir_hf.errors import DataError, ImageError, RecipeError
 from vir_hf.files import OutputFolder, is_same_file, link_or_copy, write_bytes
-from vir_hf.image_folder import MAX_DOWNLOAD_BYTES, ImageFolder, is_url, read_bytes, split_place
+from vir_hf.image_folder import MAX_DOWNLOAD_BYTES, ImageFolder, is_url, quoted_url, read_bytes, split_place
 from vir_hf.images import decode_image
 from vir_hf.row_files import read_rows
 
@@ -299,7 +299,7 @@ def _download(reference: str, fetching: Fetching) -> bytes:
 def _read_url(address: str, timeout_seconds: float) -> bytes:
     if not address.startswith(("http://", "https://")):
         raise ImageError("image_url", f"{address}: expected an http or https address.")
-    request = urllib.request.Request(address, headers={"User-Agent": "vir-hf"})
+    request = urllib.request.Request(quoted_url(address), headers={"User-Agent": "vir-hf"})
     opener = urllib.request.build_opener(*_deadline_handlers(time.monotonic() + timeout_seconds))
     with opener.open(request, timeout=timeout_seconds) as response:
         data: bytes = response.read(MAX_DOWNLOAD_BYTES + 1)

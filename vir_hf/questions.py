@@ -20,6 +20,7 @@ from vir_hf.files import cut_to
 from vir_hf.image_folder import ImageFolder
 from vir_hf.images import ImageSource, open_image, read_image_header
 from vir_hf.inference import Question
+from vir_hf.row_files import lines_of, read_rows
 from vir_hf.scoring import is_empty
 
 # The beginning of a line that `vir-hf answer` was writing when it was killed.
@@ -29,20 +30,12 @@ _CUT_ANSWER = re.compile(
 
 
 def read_questions(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a `.jsonl` or `.json` file, each with an `id` (its number from 0 if it has none) that no other has.
+    """Return the rows of a data file, each with an `id` (its number from 0 if it has none) that no other has.
 
     Raises:
-        DataError: no such file, a line that is no object, an id that comes twice.
+        DataError: no such file, malformed JSON (with its line), a row that is no object, an id that comes twice.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); expected a .jsonl or .json file of questions.") from error
-    is_list = text.lstrip().startswith("[")
-    rows: list[Any] = json_value(text, path) if is_list else []
-    if not is_list:
-        lines = enumerate(text.splitlines(), 1)
-        rows = [json_value(line, f"{path} line {number}") for number, line in lines if line.strip()]
+    rows = [row for _, row in read_rows(os.fspath(path))]
     seen: dict[str, int] = {}
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
@@ -56,14 +49,6 @@ def read_questions(path: Path) -> list[dict[str, Any]]:
             )
         seen[row["id"]] = number
     return rows
-
-
-def json_value(text: str, where: str | Path) -> Any:
-    """Return what a JSON text says; what is wrong with it is said with `where` in front."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: is not JSON ({error}); expected one object a line, or a list of objects.") from error
 
 
 def look_at_picture(source: ImageSource, folder: str | ImageFolder) -> ImageSource:
@@ -135,13 +120,13 @@ def answered_ids(output: Path) -> set[str]:
     data = output.read_bytes()
     whole, cut = data[: data.rfind(b"\n") + 1], data[data.rfind(b"\n") + 1 :]
     ids = set()
-    for number, line in enumerate(whole.decode("utf-8").splitlines(), 1):
+    for number, line in enumerate(lines_of(whole), 1):
         try:
             row = json.loads(line)
             if set(row) != {"id", "answer"}:
                 raise KeyError("answer")
             ids.add(str(row["id"]))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"{output} line {number}: is no answer; name another --output, or move this file."
             ) from error

@@ -1,18 +1,23 @@
-"""The rows of a data file, one at a time: JSON, JSON Lines and Parquet, with flat memory and errors that name the line.
+"""The rows of a data file, one at a time: JSON, JSON Lines, Parquet and Arrow, with flat memory and errors that name the line.
 
-The content decides, not the suffix: a `.json` file may hold one list or one object after another, and so may a `.jsonl`.
+The content decides, not the suffix: a `.json` file may hold one list or one object after another, and so may a `.jsonl`. Either
+may be compressed (`.gz`, `.zst`).
 """
 
 from __future__ import annotations
 
 import array
 import contextlib
+import difflib
 import glob
+import gzip
 import io
 import itertools
 import json
+import logging
 import os
 import re
+import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple, TextIO
 
@@ -20,8 +25,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vir_hf.errors import DataError
+from vir_hf.files import is_report
 
-DATA_SUFFIXES = (".json", ".jsonl", ".parquet")
+logger = logging.getLogger(__name__)
+
+_TEXT_SUFFIXES = (".json", ".jsonl", ".ndjson")
+_TABLE_SUFFIXES = (".parquet", ".pq", ".arrow")
+_PACKED_SUFFIXES = (".gz", ".zst")
+DATA_SUFFIXES = (
+    *_TEXT_SUFFIXES,
+    *(text + packed for text in _TEXT_SUFFIXES for packed in _PACKED_SUFFIXES),
+    *_TABLE_SUFFIXES,
+)
+# What lies beside rows and is none: descriptions of data sets, and what commands of this project write there.
+_DESCRIPTIONS = re.compile(r"dataset_infos?\.json|dataset_dict\.json", re.IGNORECASE)
+_OWN_FILES = re.compile(r"failed\.json|.*\.dropped\.json", re.IGNORECASE)
+_NOT_DATA_FOLDERS = ("__MACOSX", "__pycache__")
 MAX_ROW_CHARACTERS = 64 * 2**20
 _CHUNK_CHARACTERS = 2**22
 _SPACE_OR_COMMA = re.compile(r"[\s,]*")
@@ -30,26 +49,88 @@ _START = re.compile(r"[\s\ufeff]*")  # some editors put a byte order mark before
 _EXPECTED = 'expected a list of rows, or one row a line, such as {"id": "1", "image": "1.jpg", "conversations": [...]}'
 
 
+def is_data_file(name: str) -> bool:
+    """Whether a file's suffix is that of rows, in letters of either case."""
+    return name.lower().endswith(DATA_SUFFIXES)
+
+
 def find_data_files(path: str | os.PathLike[str]) -> list[str]:
     """Return the data files a file name, a directory (searched recursively) or a glob pattern stands for, sorted.
 
+    Of a directory, hidden files and folders are passed over (`._rows.json`, `.ipynb_checkpoints`), descriptions of data sets,
+    and what this project's own commands write beside rows. A folder that `save_to_disk` wrote gives its Arrow files in order.
+
     Raises:
-        DataError: there is none.
+        DataError: there is none; what comes near is named.
     """
     path = os.fspath(path)
     if os.path.isfile(path):
         return [path]
     if os.path.isdir(path):
-        found = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
-        found = [name for name in found if name.endswith(DATA_SUFFIXES)]
+        found, others = _files_of_folder(path)
     else:
-        found = [name for name in glob.glob(path, recursive=True) if os.path.isfile(name)]
+        found, others = sorted(name for name in glob.glob(path, recursive=True) if os.path.isfile(name)), []
     if not found:
+        near = f" It holds {others[0]}, which is not read." if others else _near_miss(path)
         raise DataError(
-            f"{path}: no data file found (looked in {os.getcwd()}); expected a .json, .jsonl or .parquet file, a directory or "
-            "glob of them, or a Hub dataset id such as owner/name. Set data.data_path to it."
+            f"{path}: no data file found (looked in {os.getcwd()}); expected a .json, .jsonl, .parquet or .arrow file, a "
+            f"directory or glob of them, or a Hub dataset id such as owner/name.{near} Set data.data_path to it."
         )
-    return sorted(found)
+    return found
+
+
+def _files_of_folder(path: str) -> tuple[list[str], list[str]]:
+    """Return the data files below a folder, and the other visible files at its top."""
+    found: list[str] = []
+    for folder, inner, names in os.walk(path):
+        inner[:] = sorted(name for name in inner if not name.startswith(".") and name not in _NOT_DATA_FOLDERS)
+        if "dataset_dict.json" in names:
+            inner[:] = [_only_split(folder)]
+        if "state.json" in names and "dataset_info.json" in names:
+            found += _saved_to_disk(folder)
+            continue
+        for name in names:
+            place = os.path.join(folder, name)
+            if name.startswith(".") or not is_data_file(name) or _DESCRIPTIONS.fullmatch(name):
+                continue
+            if _OWN_FILES.fullmatch(name) or is_report(place):
+                logger.warning("%s: passed over, vir-hf writes such files beside rows; name it to read it", place)
+                continue
+            found.append(place)
+    visible = sorted(name for name in os.listdir(path) if not name.startswith("."))
+    return sorted(found), [name for name in visible if os.path.isfile(os.path.join(path, name))]
+
+
+def _only_split(folder: str) -> str:
+    """Return the split of a saved data set to train on: `train`, or the only one.
+
+    Raises:
+        DataError: there are others, and none of them is called so.
+    """
+    with open(os.path.join(folder, "dataset_dict.json"), encoding="utf-8") as file:
+        splits = [str(split) for split in json.load(file).get("splits", [])]
+    if "train" in splits or len(splits) == 1:
+        return "train" if "train" in splits else splits[0]
+    raise DataError(f"{folder}: holds the splits {', '.join(splits) or '(none)'}; name the folder of one of them.")
+
+
+def _saved_to_disk(folder: str) -> list[str]:
+    """Return the Arrow files of a folder that `Dataset.save_to_disk` wrote, in the order of its rows."""
+    try:
+        with open(os.path.join(folder, "state.json"), encoding="utf-8") as file:
+            return [os.path.join(folder, entry["filename"]) for entry in json.load(file)["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder}: its state.json cannot be read ({error}). Save the data set again.") from error
+
+
+def _near_miss(path: str) -> str:
+    """Return words about a file whose name is nearly this one, or none."""
+    folder, name = os.path.split(path)
+    try:
+        near = difflib.get_close_matches(name, os.listdir(folder or "."), n=1, cutoff=0.8)
+    except OSError:
+        return ""
+    return f" Did you mean {os.path.join(folder, near[0])}?" if near else ""
 
 
 class RowRange(NamedTuple):
@@ -67,9 +148,12 @@ def read_rows(path: str, part: RowRange | None = None) -> Iterator[tuple[int, An
         DataError: the file is missing, empty, cut short or malformed; the message names the line.
     """
     with _data_errors(path):
-        if path.endswith(".parquet"):
+        kind = _kind_of(path)
+        if kind == "parquet":
             yield from _read_parquet_rows(path, part)
-        elif part is None:
+        elif kind == "arrow":
+            yield from _read_arrow_rows(path)
+        elif part is None or kind == "packed":
             yield from _read_json_rows(path)
         else:
             with open(path, "rb") as file:
@@ -85,10 +169,14 @@ def read_rows(path: str, part: RowRange | None = None) -> Iterator[tuple[int, An
 def split_rows(path: str, max_parts: int, min_rows: int = 1) -> list[RowRange]:
     """Return at most `max_parts` parts of a data file, with about as many rows each, found in one pass over it.
 
-    Parts have at least `min_rows` rows; the parts of a Parquet file are its row groups, whatever was asked.
+    Parts have at least `min_rows` rows. The parts of a Parquet file are its row groups, whatever was asked; a compressed file
+    and an Arrow file are one part.
     """
     with _data_errors(path):
-        if path.endswith(".parquet"):
+        kind = _kind_of(path)
+        if kind in ("packed", "arrow"):
+            return [RowRange(0, 0, 0)]
+        if kind == "parquet":
             with _open_parquet(path) as file:
                 sizes = [file.metadata.row_group(index).num_rows for index in range(file.num_row_groups)]
             first_rows = list(itertools.accumulate(sizes, initial=0))
@@ -102,6 +190,47 @@ def split_rows(path: str, max_parts: int, min_rows: int = 1) -> list[RowRange]:
     return [RowRange(ends[first], ends[last], first) for first, last in itertools.pairwise(cuts)]
 
 
+def lines_of(data: bytes) -> list[bytes]:
+    """Return the lines of JSON Lines: they end at a line feed alone, whatever else Unicode calls the end of a line."""
+    lines = data.split(b"\n")
+    return lines[:-1] if not lines[-1] else lines
+
+
+def _kind_of(path: str) -> str:
+    name = path.lower()
+    if name.endswith(_PACKED_SUFFIXES):
+        return "packed"
+    return "parquet" if name.endswith((".parquet", ".pq")) else "arrow" if name.endswith(".arrow") else "text"
+
+
+def _open_text(path: str) -> TextIO:
+    """Open a text in UTF-8, unpacked where its suffix says that it is packed."""
+    # newline="" keeps every character, so that characters can be counted as bytes
+    name = path.lower()
+    if name.endswith(".gz"):
+        return gzip.open(path, "rt", encoding="utf-8", newline="")
+    if name.endswith(".zst"):
+        return io.TextIOWrapper(pa.input_stream(path, compression="zstd"), encoding="utf-8", newline="")
+    return open(path, encoding="utf-8", newline="")
+
+
+def _read_arrow_rows(path: str) -> Iterator[tuple[int, Any]]:
+    """Yield the rows of an Arrow file, written as a stream (as `datasets` does) or for random access."""
+    number = 0
+    with pa.memory_map(path) as source:
+        try:
+            reader: Any = pa.ipc.open_stream(source)
+        except pa.ArrowInvalid:
+            source.seek(0)
+            reader = pa.ipc.open_file(source)
+            reader = (reader.get_batch(index) for index in range(reader.num_record_batches))
+        for batch in reader:
+            for start in range(0, batch.num_rows, 64):
+                for row in batch.slice(start, 64).to_pylist():
+                    yield number, row
+                    number += 1
+
+
 @contextlib.contextmanager
 def _data_errors(path: str) -> Iterator[None]:
     """Turn what reading a file can raise into a `DataError` that says what to do."""
@@ -113,8 +242,8 @@ def _data_errors(path: str) -> Iterator[None]:
         raise DataError(
             f"{path}: no such file (looked in {os.getcwd()}). Set data.data_path to the data file."
         ) from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error}).") from error
+    except (OSError, EOFError, zlib.error, pa.ArrowInvalid) as error:
+        raise DataError(f"{path}: cannot be read ({error}). Was the copy or download cut short?") from error
 
 
 def _open_parquet(path: str) -> pq.ParquetFile:
@@ -137,8 +266,7 @@ def _read_parquet_rows(path: str, part: RowRange | None) -> Iterator[tuple[int, 
 
 def _read_json_rows(path: str, ends: array.array[int] | None = None) -> Iterator[tuple[int, Any]]:
     """Yield the rows of a whole JSON file; `ends`, when given, receives the byte at which each row ends."""
-    # newline="" keeps every character, so that characters can be counted as bytes
-    with open(path, encoding="utf-8", newline="") as file:
+    with _open_text(path) as file:
         window = _Window(path, file)
         window.skip(_START)
         opening = window.text[window.position : window.position + 1]
