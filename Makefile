@@ -56,7 +56,7 @@ compile: $(VENV)/.installed-dev
 
 # Needs a Chromium on PATH (Debian: apt-get install chromium).
 browser: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m browser tests/test_space.py $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m browser tests/publishing/test_space.py $(PYTEST_ARGS)
 
 drills: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m drills $(PYTEST_ARGS)

@@ -60,7 +60,7 @@ def prepare(folder: Path) -> Path:
     from vir_hf.quickstart.drawing import write_pictures
     from vir_hf.quickstart.parts import make_language_model, make_vision_tower
     from vir_hf.quickstart.run import finetune_recipe, read_rows, texts_of
-    from vir_hf.recipe import load_recipe
+    from vir_hf.recipe.load import load_recipe
 
     data, parts = folder / "data", folder / "parts"
     scenes = write_pictures(data, num_pictures=320, num_questions=72, seed=0)

@@ -35,12 +35,12 @@ figures = dict(
 print(json.dumps({{name: round(value, 1) for name, value in figures.items()}}))
 """
 LOAD = (
-    "from vir_hf.data import load_llava_dataset",
+    "from vir_hf.data.sources import load_llava_dataset",
     "load_llava_dataset(sys.argv[1], sys.argv[2], decode_images=False)[0]",
 )
 STREAM = (LOAD[0], "next(iter(load_llava_dataset(sys.argv[1], sys.argv[2], decode_images=False, streaming=True)))")
 CHECK = (
-    "from vir_hf.checks import check_data",
+    "from vir_hf.curation.checks import check_data",
     "assert not check_data(sys.argv[1], sys.argv[2]).untrainable_rows",
 )
 CASES = {

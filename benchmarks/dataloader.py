@@ -25,8 +25,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, default_collate
 from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil, SiglipImageProcessorPil
 
-from vir_hf.images import open_image
-from vir_hf.preprocessing import ImagePreprocessor, recommended_num_workers
+from vir_hf.images.opening import open_image
+from vir_hf.images.preprocessing import ImagePreprocessor, recommended_num_workers
 
 SQUARE = {"height": 336, "width": 336}
 PROCESSORS = {

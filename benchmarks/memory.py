@@ -115,7 +115,7 @@ def run_in_process(case: str, work: str) -> dict[str, Any]:
 
 def run_case(options: argparse.Namespace) -> dict[str, Any]:
     """Train a few steps of one case and return what was measured and what was predicted."""
-    from vir_hf.recipe import load_recipe
+    from vir_hf.recipe.load import load_recipe
 
     shape, method = options.case.removesuffix("+ckpt").split("/")
     folder = Path(options.work)
@@ -148,7 +148,9 @@ def run_case(options: argparse.Namespace) -> dict[str, Any]:
     import torch
     from transformers import TrainerCallback
 
-    from vir_hf import hardware, memory, training
+    from vir_hf.budget import hardware
+    from vir_hf.budget import plan as memory
+    from vir_hf.training import run as training
 
     has_cuda = torch.cuda.is_available()
     measured: dict[str, int] = {}
@@ -193,10 +195,10 @@ def run_case(options: argparse.Namespace) -> dict[str, Any]:
 
 def statistics_of(recipe: Any) -> Any:
     """Lengths of the rows, encoded as training encodes them."""
-    from vir_hf.conversations import encode_row
-    from vir_hf.data import load_recipe_rows
-    from vir_hf.dataset_statistics import DatasetStatistics
-    from vir_hf.loading import build
+    from vir_hf.data.sources import load_recipe_rows
+    from vir_hf.data.statistics import DatasetStatistics
+    from vir_hf.model.build import build
+    from vir_hf.rows.encoding import encode_row
 
     _, processor = build(recipe.model.language_model, recipe.model.vision_tower, recipe.model.template)
     encodings = [encode_row(row, processor) for row in load_recipe_rows(recipe)]

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 _MEASURED = """
 import json, re, sys, threading, time
-from vir_hf.merging import merge_run
+from vir_hf.model.merging import merge_run
 
 def anonymous():
     return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024

@@ -191,7 +191,7 @@ def make_model(options: argparse.Namespace, processor: Any) -> Any:
                 torch.set_default_dtype(dtype)
                 LlavaForConditionalGeneration(config).save_pretrained(folder)
                 torch.set_default_dtype(torch.float32)
-        from vir_hf.quantization import NOT_QUANTIZED
+        from vir_hf.model.quantization import NOT_QUANTIZED
 
         quantization = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -328,10 +328,10 @@ def run_ours(options: argparse.Namespace, model: Any, processor: Any, rows: Any,
     from trl import SFTConfig
 
     from vir_hf import LlavaDataCollator
-    from vir_hf.fused_lora import fuse_lora
-    from vir_hf.lean_layers import make_lean
-    from vir_hf.sampling import RowSize, StepSampler
-    from vir_hf.trainer import LlavaTrainer
+    from vir_hf.batches.sampling import RowSize, StepSampler
+    from vir_hf.kernels.fused_lora import fuse_lora
+    from vir_hf.kernels.lean_layers import make_lean
+    from vir_hf.training.trainer import LlavaTrainer
 
     class InOrder(StepSampler):
         def steps(self) -> list[list[int]]:
@@ -342,7 +342,7 @@ def run_ours(options: argparse.Namespace, model: Any, processor: Any, rows: Any,
 
     lookup = None
     if options.side == "vir_hf+cache":
-        from vir_hf.images import open_image
+        from vir_hf.images.opening import open_image
 
         tower = model.base_model.model.model
         features: dict[str, torch.Tensor] = {}

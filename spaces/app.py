@@ -22,7 +22,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio i
 import gradio as gr
 
 from vir_hf.errors import DataError
-from vir_hf.images import open_image, read_image_size
+from vir_hf.images.opening import open_image, read_image_size
 from vir_hf.inference import Answerer, Prompt, Question
 
 logger = logging.getLogger("vir_hf.demo")

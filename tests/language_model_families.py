@@ -54,7 +54,7 @@ def family_config(model_type: str) -> PretrainedConfig:
 def verdict(model_type: str) -> str:
     """What the table says of a family: `packed`, `padded: WHY` or `refused: WHY`."""
     from vir_hf.errors import RecipeError
-    from vir_hf.language_models import judge_language_model
+    from vir_hf.model.language_models import judge_language_model
 
     try:
         config = family_config(model_type)
@@ -70,7 +70,7 @@ def verdict(model_type: str) -> str:
 
 def save_family(folder: Path, model_type: str) -> Path:
     """A small language model of this family, with the settings that decide, and its tokenizer."""
-    from vir_hf.language_models import smaller_config
+    from vir_hf.model.language_models import smaller_config
 
     tokenizer = tiny.save_tokenizer(folder)
     fields = smaller_config(family_config(model_type)).to_dict()

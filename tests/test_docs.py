@@ -173,7 +173,7 @@ def test_commands_shown_on_the_pages_exist_with_their_options() -> None:
 
 
 def test_recipe_keys_on_the_pages_exist() -> None:
-    from vir_hf.recipe import schema
+    from vir_hf.recipe.load import schema
 
     known = schema()
     not_keys = {"model.safetensors", "model.multi_modal_projector"}  # a file, and a module in memory

@@ -15,7 +15,8 @@ import pytest
 import tiny
 from tiny_run import train_run
 
-from vir_hf import checkpoints, cli, files
+from vir_hf import cli, files
+from vir_hf.training import checkpoints
 
 MINE = b"mine, and not to be lost\n"
 
@@ -401,7 +402,7 @@ OF_THE_QUICKSTART = (
 def test_the_quickstart_refuses_where_a_file_of_the_user_would_give_way(name: str, tmp_path: Path) -> None:
     from vir_hf.errors import RecipeError
     from vir_hf.quickstart.run import Size, run_quickstart
-    from vir_hf.recipe import load_recipe
+    from vir_hf.recipe.load import load_recipe
 
     put(tmp_path / "out", name)
     before = snapshot(tmp_path)

@@ -156,7 +156,7 @@ def test_accelerate_configs_are_found_outside_the_clone(installed: Path, tmp_pat
     # Called vir-hf, as the command is: importing the package then loads nothing heavy.
     script = tmp_path / "vir-hf"
     script.write_text(
-        "from vir_hf.recipe_files import packaged_directory\nprint(packaged_directory('accelerate_configs'))\n"
+        "from vir_hf.recipe.files import packaged_directory\nprint(packaged_directory('accelerate_configs'))\n"
     )
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [str(installed / "bin" / "python"), str(script)]

@@ -119,14 +119,14 @@ def test_launch_on_several_gpus_names_what_is_there() -> None:
         if line.startswith("accelerate launch")
     ]
     assert (ROOT / line[line.index("--config_file") + 1]).is_file()
-    from vir_hf.recipe import load_recipe
+    from vir_hf.recipe.load import load_recipe
 
     recipe = load_recipe(line[line.index("vir_hf.train") + 1 :])
     assert recipe.experiment.name == "cloud_gpu_scale"
 
 
 def test_overrides_in_the_text_are_recipe_keys() -> None:
-    from vir_hf.recipe import load_recipe
+    from vir_hf.recipe.load import load_recipe
 
     found = re.search(r"\(`(training\.learning_rate=\S+ lora\.r=\S+)`\)", README)
     assert found

@@ -14,7 +14,7 @@ import transformers
 import trl
 
 from vir_hf.relied_on import RELIED_ON, ReliedOn
-from vir_hf.trainer import LlavaTrainer
+from vir_hf.training.trainer import LlavaTrainer
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "vir_hf").rglob("*.py"))

@@ -11,8 +11,8 @@ QUESTION = "What is it?"
 
 def train_run(root: Path, output_dir: Path, **changes: object) -> Path:
     """Train every weight but the tower's on the rows under `root`, a few seconds, and return the run's folder."""
-    from vir_hf.recipe import load_recipe
-    from vir_hf.training import train
+    from vir_hf.recipe.load import load_recipe
+    from vir_hf.training.run import train
 
     values: dict[str, object] = {
         "lora": "none",

@@ -14,7 +14,7 @@ UNQUANTIZED = {"quantization": "none", "quantization.only_on_cuda": "false"}
 
 def recipe_for(root: Path, output_dir: Path, **changes: object) -> Any:
     """The typed recipe over tiny parts; nothing is quantised unless `changes` say so. `None` leaves a key out."""
-    from vir_hf.recipe import load_recipe
+    from vir_hf.recipe.load import load_recipe
 
     values: dict[str, object] = {
         **({} if "quantization" in changes else UNQUANTIZED),
@@ -28,7 +28,7 @@ def recipe_for(root: Path, output_dir: Path, **changes: object) -> Any:
 
 def load(root: Path, output_dir: Path, **changes: object) -> tuple[Any, Any, Any]:
     """Model, processor and recipe, before anything is frozen."""
-    from vir_hf.loading import choose_precision, load_model_and_processor
+    from vir_hf.model.build import choose_precision, load_model_and_processor
 
     recipe = recipe_for(root, output_dir, **changes)
     model, processor = load_model_and_processor(recipe, choose_precision(recipe.model.dtype))
@@ -37,15 +37,15 @@ def load(root: Path, output_dir: Path, **changes: object) -> tuple[Any, Any, Any
 
 def run(root: Path, output_dir: Path, callbacks: tuple[Any, ...] = (), **changes: object) -> dict[str, Any]:
     """Train and return the metrics."""
-    from vir_hf.training import train
+    from vir_hf.training.run import train
 
     return train(recipe_for(root, output_dir, **changes), callbacks=callbacks)
 
 
 def packed_batch(root: Path, processor: Any, num_rows: int = 5) -> dict[str, torch.Tensor]:
     """One padding-free batch of the tiny rows, a text-only row among them."""
-    from vir_hf.collator import LlavaDataCollator
-    from vir_hf.data import load_llava_dataset
+    from vir_hf.batches.collator import LlavaDataCollator
+    from vir_hf.data.sources import load_llava_dataset
 
     rows = load_llava_dataset(root / "rows.json", root / "images", decode_images=False)
     batch = LlavaDataCollator(processor, max_length=256)([rows[number] for number in range(num_rows)])

@@ -67,7 +67,7 @@ def _run(
     output = io.StringIO()
     sys.addaudithook(hook)
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-        import vir_hf.training as training
+        import vir_hf.training.run as training
         from vir_hf.cli import run
 
         original = training.train

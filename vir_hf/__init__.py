@@ -16,28 +16,28 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "DataError": "vir_hf.errors",
     "LlavaConfig": "vir_hf.llava.configuration_llava",
-    "LlavaDataCollator": "vir_hf.collator",
+    "LlavaDataCollator": "vir_hf.batches.collator",
     "LlavaForCausalLM": "vir_hf.llava.modeling_llava",
     "LlavaProcessor": "vir_hf.llava.processing_llava",
     "RecipeError": "vir_hf.errors",
-    "build": "vir_hf.loading",
-    "encode_row": "vir_hf.conversations",
-    "load_llava_dataset": "vir_hf.data",
-    "open_image": "vir_hf.images",
-    "to_messages": "vir_hf.conversations",
+    "build": "vir_hf.model.build",
+    "encode_row": "vir_hf.rows.encoding",
+    "load_llava_dataset": "vir_hf.data.sources",
+    "open_image": "vir_hf.images.opening",
+    "to_messages": "vir_hf.rows.encoding",
 }
 __all__ = sorted(_PUBLIC)
 
 if TYPE_CHECKING:
-    from vir_hf.collator import LlavaDataCollator
-    from vir_hf.conversations import encode_row, to_messages
-    from vir_hf.data import load_llava_dataset
+    from vir_hf.batches.collator import LlavaDataCollator
+    from vir_hf.data.sources import load_llava_dataset
     from vir_hf.errors import DataError, RecipeError
-    from vir_hf.images import open_image
+    from vir_hf.images.opening import open_image
     from vir_hf.llava.configuration_llava import LlavaConfig
     from vir_hf.llava.modeling_llava import LlavaForCausalLM
     from vir_hf.llava.processing_llava import LlavaProcessor
-    from vir_hf.loading import build
+    from vir_hf.model.build import build
+    from vir_hf.rows.encoding import encode_row, to_messages
 
 
 def __getattr__(name: str) -> Any:

@@ -20,10 +20,10 @@ import torch
 from PIL import Image
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
-from vir_hf.conversations import encode_prompt_with_images, stop_token_ids
 from vir_hf.errors import DataError, RecipeError
-from vir_hf.images import ImageSource
-from vir_hf.preprocessing import ImagePreprocessor
+from vir_hf.images.opening import ImageSource
+from vir_hf.images.preprocessing import ImagePreprocessor
+from vir_hf.rows.encoding import encode_prompt_with_images, stop_token_ids
 
 MAX_NEW_TOKENS = 512
 
@@ -147,7 +147,7 @@ class Answerer:
         Raises:
             RecipeError: nothing that can be loaded lies there.
         """
-        from vir_hf.loading import load_run
+        from vir_hf.model.build import load_run
 
         model, processor = load_run(
             adapter or name,

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vir_hf.recipe import Recipe, RecipeArgumentParser, recipe_from
-from vir_hf.recipe_rules import SELF_CONTAINED
-from vir_hf.requirements import check_requirements
+from vir_hf.recipe.load import Recipe, RecipeArgumentParser, recipe_from
+from vir_hf.recipe.requirements import check_requirements
+from vir_hf.recipe.rules import SELF_CONTAINED
 
 _EPILOG = """\
 examples:
@@ -38,9 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     recipe = recipe_from(parser.parse_args(argv))
     check_requirements(recipe, world_size=int(os.environ.get("WORLD_SIZE", "1")))
-    from vir_hf.checkpoints import list_checkpoints
     from vir_hf.errors import RunError
-    from vir_hf.signals import RunStopped, say_stopped
+    from vir_hf.training.checkpoints import list_checkpoints
+    from vir_hf.training.signals import RunStopped, say_stopped
 
     try:
         metrics = _run(recipe)
@@ -70,7 +70,7 @@ def _run(recipe: Recipe) -> dict[str, Any]:
         from vir_hf.quickstart.run import run_quickstart
 
         return run_quickstart(recipe)
-    from vir_hf.training import train
+    from vir_hf.training.run import train
 
     return train(recipe)
 

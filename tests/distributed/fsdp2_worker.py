@@ -28,9 +28,9 @@ def loss_sum(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Te
 
 
 def main(root: Path, tower: str) -> None:
-    from vir_hf.collator import LlavaDataCollator
-    from vir_hf.data import load_llava_dataset
-    from vir_hf.trainable import make_trainable
+    from vir_hf.batches.collator import LlavaDataCollator
+    from vir_hf.data.sources import load_llava_dataset
+    from vir_hf.model.trainable import make_trainable
 
     distributed.init_process_group("gloo")
     rank = distributed.get_rank()

@@ -82,8 +82,8 @@ def overrides(root: Path, output_dir: Path, name: str, **changes: object) -> lis
 def main(root: Path, output_dir: Path, names: list[str]) -> None:
     from accelerate.state import AcceleratorState, GradientState
 
-    from vir_hf.recipe import load_recipe
-    from vir_hf.training import train
+    from vir_hf.recipe.load import load_recipe
+    from vir_hf.training.run import train
 
     for name in names:
         train(load_recipe(overrides(root, output_dir / name, name)))

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import scenarios
 
-import vir_hf.training  # noqa: F401  everything heavy, before the fork
+import vir_hf.training.run  # noqa: F401  everything heavy, before the fork
 
 
 def run_rank(root: Path, output_dir: Path, rank: int, world_size: int, port: str) -> None:
@@ -45,8 +45,8 @@ def run_rank(root: Path, output_dir: Path, rank: int, world_size: int, port: str
             opened["written"].append(os.path.relpath(path, cache))
 
     sys.addaudithook(note)
-    from vir_hf.recipe import load_recipe
-    from vir_hf.training import train
+    from vir_hf.recipe.load import load_recipe
+    from vir_hf.training.run import train
 
     changes = {"training.max_steps": 1, "training.global_batch_size": world_size}
     train(load_recipe(scenarios.overrides(root, output_dir, "full", **changes)))

@@ -19,7 +19,7 @@ import pytest
 import victim
 from transformers import TrainerCallback
 
-from vir_hf import checkpoints
+from vir_hf.training import checkpoints
 
 pytestmark = [pytest.mark.drills, pytest.mark.timeout(1800)]
 NUM_KILLS = 30

@@ -113,7 +113,7 @@ def make(root: Path, families: tuple[str, ...] = tuple(PAIRS), kinds: tuple[str,
     """Train and save each kind for each pair below `root`; return the folders by `family/kind`, and `cases.json` for all."""
     from tiny_run import train_run
 
-    from vir_hf.merging import merge_run
+    from vir_hf.model.merging import merge_run
 
     folders = {}
     for family in families:

@@ -13,7 +13,7 @@ from vir_hf import files
 from vir_hf.errors import DataError, RecipeError, clipped, shown
 
 if TYPE_CHECKING:
-    from vir_hf.image_folder import ImageFolder
+    from vir_hf.images.folder import ImageFolder
     from vir_hf.inference import Answerer, Prompt
 
 _EPILOG = """\
@@ -109,7 +109,7 @@ def check_pictures(paths: Iterable[str]) -> None:
     Raises:
         DataError: the first that cannot be opened.
     """
-    from vir_hf.images import open_image
+    from vir_hf.images.opening import open_image
 
     for path in paths:
         open_image(path)
@@ -134,8 +134,8 @@ def _answer_one(arguments: argparse.Namespace) -> int:
 def _answer_file(arguments: argparse.Namespace) -> int:
     from tqdm.auto import tqdm
 
-    from vir_hf.image_folder import ImageFolder
-    from vir_hf.questions import answered_ids, read_questions
+    from vir_hf.images.folder import ImageFolder
+    from vir_hf.using.questions import answered_ids, read_questions
 
     options = generation_options(arguments)
     rows = read_questions(Path(arguments.input))
@@ -178,7 +178,7 @@ def _encode(
     answerer: Answerer, rows: list[dict[str, Any]], folder: ImageFolder, system: str | None
 ) -> tuple[list[tuple[dict[str, Any], Prompt]], list[str]]:
     """Return the rows that can be asked, and a line for each that cannot."""
-    from vir_hf.questions import row_question
+    from vir_hf.using.questions import row_question
 
     prompts, failures = [], []
     for row in rows:

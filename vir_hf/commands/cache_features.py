@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vir_hf.commands.outputs import add_json, add_overwrite, recipe_inputs, refuse_outputs, write_json
-from vir_hf.recipe import RecipeArgumentParser, recipe_from
+from vir_hf.recipe.load import RecipeArgumentParser, recipe_from
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,10 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not recipe.training.feature_cache:
         recipe.training.feature_cache = True
 
-    from vir_hf.data import load_recipe_rows
-    from vir_hf.features import cache_for_training
-    from vir_hf.loading import load_model_and_processor, precision_of
-    from vir_hf.training import training_arguments
+    from vir_hf.batches.features import cache_for_training
+    from vir_hf.data.sources import load_recipe_rows
+    from vir_hf.model.build import load_model_and_processor, precision_of
+    from vir_hf.training.run import training_arguments
 
     precision = precision_of(recipe)
     arguments = training_arguments(recipe, precision)

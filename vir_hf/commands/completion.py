@@ -216,11 +216,11 @@ def _values_of(action: argparse.Action, word: str) -> list[str]:
     if action.type in (int, float):
         return []
     if action.dest == "template":
-        from vir_hf.recipe import section_arguments
+        from vir_hf.recipe.load import section_arguments
 
         return _starting(word, section_arguments("model")["template"].choices)
     if action.dest == "config":
-        from vir_hf.recipe_files import packaged_directory
+        from vir_hf.recipe.files import packaged_directory
 
         names = sorted(path.stem for path in packaged_directory("accelerate_configs").glob("*.yaml"))
         return _starting(word, names) or [FILES]
@@ -229,9 +229,9 @@ def _values_of(action: argparse.Action, word: str) -> list[str]:
 
 def _complete_override(word: str, recipes_dir: str | None) -> list[str]:
     """Return what an override may become: a group and its options, a section, its keys and their values."""
-    from vir_hf import recipe_files
-    from vir_hf.recipe import section_arguments, section_names
-    from vir_hf.recipe_keys import REFUSED
+    from vir_hf.recipe import files as recipe_files
+    from vir_hf.recipe.keys import REFUSED
+    from vir_hf.recipe.load import section_arguments, section_names
 
     key, is_value, value = word.partition("=")
     section, is_key, name = key.partition(".")

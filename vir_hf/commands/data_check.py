@@ -15,12 +15,12 @@ from rich.text import Text
 
 from vir_hf import files
 from vir_hf.commands.outputs import add_json, add_overwrite, data_inputs, recipe_inputs, refuse_outputs, write_json
+from vir_hf.curation.terminal import printable
 from vir_hf.errors import RecipeError
-from vir_hf.recipe import RecipeArgumentParser, recipe_from
-from vir_hf.terminal import printable
+from vir_hf.recipe.load import RecipeArgumentParser, recipe_from
 
 if TYPE_CHECKING:
-    from vir_hf.checks import CheckReport
+    from vir_hf.curation.checks import CheckReport
 
 _EPILOG = """\
 examples:
@@ -37,12 +37,12 @@ exit code: 0 nothing found, 1 problems found, 2 the data cannot be read or the c
 def main(argv: list[str]) -> int:
     """Check; return 0 clean, 1 problems, 2 wrong call."""
     arguments = _parse(argv)
-    from vir_hf.check_report import report_as_html, report_as_json
-    from vir_hf.checks import check_data, without_kinds
+    from vir_hf.curation.checks import check_data, without_kinds
+    from vir_hf.curation.report import report_as_html, report_as_json
 
     target = _target(arguments)
     if not os.path.exists(target["path"]):
-        from vir_hf.data import local_data
+        from vir_hf.data.sources import local_data
 
         target["path"] = local_data(target["path"])
     written = [("--json", arguments.json), ("--html", arguments.html), ("--fix", arguments.fix)]
@@ -121,7 +121,7 @@ def _target(arguments: argparse.Namespace) -> dict[str, Any]:
             f"data check: found {len(arguments.overrides)} paths; expected one. A directory, or a quoted glob, is several files."
         )
     if not is_recipe(arguments):
-        from vir_hf.row_processor import make_row_processor
+        from vir_hf.model.row_processor import make_row_processor
 
         processor = None
         if arguments.tokenizer:
@@ -135,7 +135,7 @@ def _target(arguments: argparse.Namespace) -> dict[str, Any]:
             "allow_urls": arguments.allow_urls,
             "batch_size": arguments.batch_size or 16,
         }
-    from vir_hf.row_processor import load_recipe_processor
+    from vir_hf.model.row_processor import load_recipe_processor
 
     recipe = recipe_from(arguments)
     if recipe.data.sources:
@@ -176,8 +176,8 @@ def _progress_bar() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def _print(report: CheckReport, console: Console) -> None:
-    from vir_hf.check_report import statistics, unread_note
-    from vir_hf.checks import ERRORS
+    from vir_hf.curation.checks import ERRORS
+    from vir_hf.curation.report import statistics, unread_note
 
     num_bad, num_refused = len(report.bad_rows), len(report.untrainable_rows)
     console.print(f"{report.num_rows:,} rows, {len(report.rows_per_image):,} distinct images, {report.seconds:.1f} s")
@@ -206,7 +206,7 @@ def _print(report: CheckReport, console: Console) -> None:
 
 
 def _fix(report: CheckReport, arguments: argparse.Namespace) -> None:
-    from vir_hf.check_fix import write_sound_rows
+    from vir_hf.curation.fix import write_sound_rows
 
     kept, dropped = write_sound_rows(report, arguments.fix)
     print(
@@ -216,6 +216,6 @@ def _fix(report: CheckReport, arguments: argparse.Namespace) -> None:
 
 
 def _dropped_name(out: str) -> str:
-    from vir_hf.check_fix import dropped_path
+    from vir_hf.curation.fix import dropped_path
 
     return str(dropped_path(out))

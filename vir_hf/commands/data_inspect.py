@@ -15,9 +15,9 @@ from rich.text import Text
 from vir_hf import files
 from vir_hf.commands.data_check import is_recipe
 from vir_hf.commands.outputs import add_json, add_overwrite, data_inputs, recipe_inputs, refuse_outputs, write_json
+from vir_hf.curation.terminal import printable
 from vir_hf.errors import DataError, RecipeError
-from vir_hf.recipe import RecipeArgumentParser, recipe_from
-from vir_hf.terminal import printable
+from vir_hf.recipe.load import RecipeArgumentParser, recipe_from
 
 _EPILOG = """\
 examples:
@@ -33,9 +33,9 @@ def main(argv: list[str]) -> int:
     """Show rows; return 0, or 1 when one of them, or a picture of one, cannot be trained on."""
     arguments = _parse(argv)
     processor, rows, max_length, lead, left_out = _open(arguments)
-    from vir_hf.image_folder import is_url
-    from vir_hf.images import open_image
-    from vir_hf.inspection import as_page, as_terminal_text, inspect_row
+    from vir_hf.curation.inspection import as_page, as_terminal_text, inspect_row
+    from vir_hf.images.folder import is_url
+    from vir_hf.images.opening import open_image
 
     shown, failed = [], []
     index_of = _indices(len(rows), left_out)
@@ -111,8 +111,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 def _open(arguments: argparse.Namespace) -> tuple[Any, Any, int | None, str, dict[int, Any]]:
     """Return processor, rows, max_length, a line that says what is shown, and the rows left out, by their number in the file."""
-    from vir_hf.data import load_llava_dataset, load_recipe_rows
-    from vir_hf.row_processor import load_recipe_processor, make_row_processor
+    from vir_hf.data.sources import load_llava_dataset, load_recipe_rows
+    from vir_hf.model.row_processor import load_recipe_processor, make_row_processor
 
     written = [("--json", arguments.json), ("--html", arguments.html)]
     if is_recipe(arguments):
@@ -127,7 +127,7 @@ def _open(arguments: argparse.Namespace) -> tuple[Any, Any, int | None, str, dic
     inputs = [*data_inputs(path, arguments.image_folder), arguments.processor, arguments.tokenizer]
     refuse_outputs(written, inputs, overwrite=arguments.overwrite)
     if arguments.processor:
-        from vir_hf.loading import load_processor
+        from vir_hf.model.build import load_processor
 
         processor = load_processor(arguments.processor, arguments.template)
     elif arguments.tokenizer:

@@ -8,7 +8,7 @@ from typing import Any
 
 from vir_hf.commands.outputs import add_json, add_overwrite, recipe_inputs, refuse_outputs, write_json
 from vir_hf.errors import RecipeError
-from vir_hf.recipe import RecipeArgumentParser, recipe_from
+from vir_hf.recipe.load import RecipeArgumentParser, recipe_from
 
 _EPILOG = """\
 examples:

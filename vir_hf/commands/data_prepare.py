@@ -35,8 +35,8 @@ def main(argv: list[str]) -> int:
     inputs = [arguments.source, arguments.image_folder, *outputs, str(Path(arguments.out) / "images")]
     refuse_outputs([("--json", arguments.json)], inputs, overwrite=arguments.overwrite)
     from vir_hf.cli import INTERRUPTED
-    from vir_hf.data import local_path
-    from vir_hf.prepare import Fetching, prepare_data
+    from vir_hf.curation.prepare import Fetching, prepare_data
+    from vir_hf.data.sources import local_path
 
     mode = "download" if arguments.download else "link" if arguments.link else "copy"
     fetching = Fetching(

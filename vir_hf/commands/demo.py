@@ -10,7 +10,7 @@ from typing import Any
 
 from vir_hf.commands.answer import add_model_arguments
 from vir_hf.errors import RecipeError
-from vir_hf.recipe_files import packaged_directory
+from vir_hf.recipe.files import packaged_directory
 
 
 def main(argv: list[str]) -> int:

@@ -10,7 +10,7 @@ from importlib import metadata, util
 from typing import Any
 
 from vir_hf.commands.outputs import add_json, add_overwrite, recipe_inputs, refuse_outputs, write_json
-from vir_hf.recipe import RecipeArgumentParser, recipe_from
+from vir_hf.recipe.load import RecipeArgumentParser, recipe_from
 
 _PACKAGES = (
     "torch",
@@ -57,7 +57,7 @@ def machine() -> dict[str, Any]:
     """Return versions and what the accelerator can do."""
     import torch
 
-    from vir_hf.preprocessing import what_is_slow
+    from vir_hf.images.preprocessing import what_is_slow
 
     found: dict[str, Any] = {"python": platform.python_version(), "system": platform.platform()}
     for package in _PACKAGES:
@@ -81,11 +81,11 @@ def prove(recipe: Any, num_rows: int) -> list[dict[str, Any]]:
     """Return how far each way to make batches is from rows one at a time, on the recipe's own parts."""
     import torch
 
-    from vir_hf.data import load_recipe_rows
-    from vir_hf.exactness import compare_ways
-    from vir_hf.language_models import fit_to_language_model
-    from vir_hf.loading import Precision, load_model_and_processor
-    from vir_hf.trainable import make_trainable
+    from vir_hf.data.sources import load_recipe_rows
+    from vir_hf.model.build import Precision, load_model_and_processor
+    from vir_hf.model.language_models import fit_to_language_model
+    from vir_hf.model.trainable import make_trainable
+    from vir_hf.training.exactness import compare_ways
 
     recipe = fit_to_language_model(recipe)
     recipe.quantization.arguments.clear()  # 4-bit weights compute in 16 bit, too coarse for a proof

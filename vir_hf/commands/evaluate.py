@@ -14,8 +14,8 @@ from vir_hf.commands.answer import add_generation_arguments, generation_options
 from vir_hf.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
-    from vir_hf.evaluation import Case
     from vir_hf.inference import Answerer
+    from vir_hf.using.evaluation import Case
 
 _EPILOG = """\
 examples:
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
             raise RecipeError(f"evaluate: --{name.replace('_', '-')} {getattr(arguments, name)}; expected at least 1.")
     if arguments.samples < 0:
         raise RecipeError(f"evaluate: --samples {arguments.samples}; expected 0 or more.")
-    from vir_hf.evaluation import check_results
+    from vir_hf.using.evaluation import check_results
 
     run = Path(arguments.run)
     if not run.is_dir():
@@ -77,10 +77,10 @@ def _evaluate(run: Path, arguments: argparse.Namespace) -> int:
     from tqdm.auto import tqdm
     from transformers.utils import logging
 
-    from vir_hf import evaluation
     from vir_hf.inference import Answerer
-    from vir_hf.questions import read_questions
-    from vir_hf.scoring import NORMALISATION
+    from vir_hf.using import evaluation
+    from vir_hf.using.questions import read_questions
+    from vir_hf.using.scoring import NORMALISATION
 
     logging.disable_progress_bar()
     options = generation_options(arguments)
@@ -137,8 +137,8 @@ def _before_tuning(run: Path, answerer: Answerer) -> Iterator[Answerer]:
         RecipeError: the run has no recipe, or its parts are not there any more.
     """
     from vir_hf.inference import Answerer
-    from vir_hf.loading import Precision, load_model_and_processor
-    from vir_hf.recipe import load_recipe
+    from vir_hf.model.build import Precision, load_model_and_processor
+    from vir_hf.recipe.load import load_recipe
 
     if hasattr(answerer.model, "disable_adapter"):
         with answerer.model.disable_adapter():
@@ -158,7 +158,7 @@ def _before_tuning(run: Path, answerer: Answerer) -> Iterator[Answerer]:
 
 def _is_trained_on(run: Path, data: Path) -> bool:
     """Whether the rows are those of training, by file or by content; said, because such a score tells little of others."""
-    from vir_hf.recipe_files import read_yaml
+    from vir_hf.recipe.files import read_yaml
 
     recipe_file = run / "recipe.yaml"
     if not recipe_file.is_file():

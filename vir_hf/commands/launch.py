@@ -9,8 +9,8 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 
-from vir_hf.recipe import RecipeArgumentParser, recipe_from
-from vir_hf.requirements import check_requirements
+from vir_hf.recipe.load import RecipeArgumentParser, recipe_from
+from vir_hf.recipe.requirements import check_requirements
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,8 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     recipe = recipe_from(options)
     num_gpus = None if options.num_gpus == "all" else int(options.num_gpus)
     check_requirements(recipe, world_size=num_gpus or 1)
-    from vir_hf.launching import compose
-    from vir_hf.preflight import choose_port
+    from vir_hf.training.launching import compose
+    from vir_hf.training.preflight import choose_port
 
     found, gpu_bytes = gpus()
     if num_gpus is None:

@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
 
     import torch
 
-    from vir_hf.merging import merge_run
+    from vir_hf.model.merging import merge_run
 
     dtype = "auto" if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     merged = merge_run(arguments.run, arguments.out, base=arguments.base, dtype=dtype, revision=arguments.revision)

@@ -13,7 +13,7 @@ from vir_hf import files
 from vir_hf.errors import DataError
 
 if TYPE_CHECKING:
-    from vir_hf.recipe import Recipe
+    from vir_hf.recipe.load import Recipe
 
 _MODEL_KEYS = ("name_or_path", "language_model", "vision_tower", "tokenizer", "adapter", "pretrained_projector")
 
@@ -62,7 +62,7 @@ def refuse_outputs(
 
 def data_inputs(path: str, image_folder: str | None = None) -> list[str]:
     """Return what is read of a data set: its files of rows, and the folder of pictures if one was named."""
-    from vir_hf.row_files import find_data_files
+    from vir_hf.rows.files import find_data_files
 
     found = [path]
     if os.path.isdir(path):

@@ -6,14 +6,14 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from vir_hf.commands.outputs import add_json, add_overwrite, recipe_inputs, refuse_outputs, write_json
-from vir_hf.recipe import RecipeArgumentParser, recipe_from
+from vir_hf.recipe.load import RecipeArgumentParser, recipe_from
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from vir_hf.memory import Plan
-    from vir_hf.recipe import Recipe
+    from vir_hf.budget.plan import Plan
+    from vir_hf.recipe.load import Recipe
 
 _EPILOG = """\
 examples:
@@ -63,10 +63,11 @@ def main(argv: list[str]) -> int:
 
 
 def _plan(recipe: Recipe, arguments: Any) -> Plan:
-    from vir_hf import hardware, memory
-    from vir_hf.dataset_statistics import estimate_statistics
-    from vir_hf.language_models import fit_to_language_model
-    from vir_hf.shapes import num_image_tokens
+    from vir_hf.budget import hardware
+    from vir_hf.budget import plan as memory
+    from vir_hf.budget.shapes import num_image_tokens
+    from vir_hf.data.statistics import estimate_statistics
+    from vir_hf.model.language_models import fit_to_language_model
 
     recipe = fit_to_language_model(recipe)
     statistics, _ = estimate_statistics(recipe, num_image_tokens(recipe))

@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     kind = "merged" if arguments.merged else "adapter" if arguments.adapter else "auto"
 
-    from vir_hf import hub
+    from vir_hf.publishing import hub
 
     hub.check_repo_id(arguments.repo)
     about = {"kind": kind, "licence": arguments.license, "samples_licence": arguments.include_samples}

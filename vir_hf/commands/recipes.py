@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from vir_hf import recipe_files
 from vir_hf.commands.outputs import add_json, add_overwrite, refuse_outputs, write_json
+from vir_hf.recipe import files as recipe_files
 
 
 def main(argv: list[str]) -> int:

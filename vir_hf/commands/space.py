@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--folder", metavar="DIR", help="where --dry-run writes (the Space's name)")
     arguments = parser.parse_args(argv)
 
-    from vir_hf import hub, space
+    from vir_hf.publishing import hub, space
 
     options = space.SpaceOptions(
         model=arguments.model,

@@ -33,7 +33,7 @@ class LlavaProcessor(NativeLlavaProcessor):
         template: str = "auto",
         **kwargs: Any,
     ):
-        from vir_hf.templates import IMAGE_TOKEN, image_token_of
+        from vir_hf.rows.templates import IMAGE_TOKEN, image_token_of
 
         image_token = image_token_of(tokenizer) if tokenizer is not None else image_token or IMAGE_TOKEN
         if tokenizer is not None and image_token not in tokenizer.get_vocab():
@@ -74,7 +74,7 @@ class LlavaProcessor(NativeLlavaProcessor):
         Args:
             tokenizer: the language model's; changed in place.
             image_processor: the tower's; its size, mean, deviation and resampling are kept.
-            template: a word of `vir_hf.conversations.TEMPLATES`, or `"auto"` for the tokenizer's own chat template.
+            template: a word of `vir_hf.rows.encoding.TEMPLATES`, or `"auto"` for the tokenizer's own chat template.
             patch_size: the tower's patch edge in pixels.
             vision_feature_select_strategy: `"default"` (the class token is dropped) or `"full"`.
             num_additional_image_tokens: 1 for a tower with a class token, else 0.
@@ -84,7 +84,7 @@ class LlavaProcessor(NativeLlavaProcessor):
         Raises:
             ValueError: an unknown template or image_aspect_ratio.
         """
-        from vir_hf.templates import chat_template_for, prepare_tokenizer
+        from vir_hf.rows.templates import chat_template_for, prepare_tokenizer
 
         prepare_tokenizer(tokenizer, template)
         if tokenizer.pad_token is None:

@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from vir_hf.images import open_image
+from vir_hf.images.opening import open_image
 from vir_hf.quickstart.drawing import COLOURS, PICTURE_SIZE, PLACES, SHAPES, Scene
 
 PATCH_SIZE = 16

@@ -20,18 +20,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vir_hf.checkpoints import METRICS, OUTPUTS, read_metrics, run_folder
 from vir_hf.errors import RecipeError
-from vir_hf.evaluation import Case, write_results, write_samples
 from vir_hf.files import OutputFolder
-from vir_hf.images import open_image
+from vir_hf.images.opening import open_image
 from vir_hf.inference import Answerer, Question
 from vir_hf.quickstart.drawing import KINDS, draw_blank, write_pictures
 from vir_hf.quickstart.panel import Sample, draw_panel
 from vir_hf.quickstart.parts import make_language_model, make_vision_tower
-from vir_hf.recipe import Recipe
-from vir_hf.recipe_rules import SELF_CONTAINED
-from vir_hf.training import train
+from vir_hf.recipe.load import Recipe
+from vir_hf.recipe.rules import SELF_CONTAINED
+from vir_hf.training.checkpoints import METRICS, OUTPUTS, read_metrics, run_folder
+from vir_hf.training.run import train
+from vir_hf.using.evaluation import Case, write_results, write_samples
 
 ANSWER_BATCH = 96
 MAX_ANSWER_TOKENS = 8

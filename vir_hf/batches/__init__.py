@@ -1,0 +1,1 @@
+"""Which rows share a step and how they become one batch."""

@@ -1,0 +1,1 @@
+"""Layers that do the same sums in less time and memory."""

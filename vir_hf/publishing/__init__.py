@@ -1,0 +1,1 @@
+"""A run on the Hub: the card, the upload, the Space."""

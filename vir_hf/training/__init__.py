@@ -1,0 +1,1 @@
+"""A run on its machine, from the recipe to the saved model."""

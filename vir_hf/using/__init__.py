@@ -1,0 +1,1 @@
+"""Questions put to a model, and what its answers are worth."""
