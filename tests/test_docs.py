@@ -151,7 +151,7 @@ def test_commands_shown_on_the_pages_exist_with_their_options() -> None:
     from vir_hf.cli import COMMANDS
     from vir_hf.commands.data import WORDS
 
-    shared = (ROOT / "vir_hf" / "recipe.py").read_text(encoding="utf-8")
+    shared = (ROOT / "vir_hf" / "recipe" / "load.py").read_text(encoding="utf-8")
     wrong = []
     for page, words in shown_commands():
         if len(words) < 2 or not re.fullmatch(r"[a-z-]+", words[1]):

@@ -15,16 +15,23 @@ PACKAGE = ROOT / "vir_hf"
 
 # Modules that import a heavy library, anywhere in their source; annotations alone do not count.
 DOORS = {
-    "datasets": {"data", "row_cache"},
-    "trl": {"trainer"},
-    "peft": {"adapters", "fused_lora", "loading", "merging", "resume", "trainable"},
+    "datasets": {"data.sources", "data.cache"},
+    "trl": {"training.trainer"},
+    "peft": {
+        "model.adapters",
+        "kernels.fused_lora",
+        "model.build",
+        "model.merging",
+        "training.resume",
+        "model.trainable",
+    },
     "gradio": set(),  # spaces/app.py, which `commands.demo` loads as a file
     "bitsandbytes": set(),  # transformers and peft call it
-    "deepspeed": {"consolidated", "engine_check"},
-    "hydra": {"recipe_files"},
-    "omegaconf": {"recipe", "recipe_files"},
-    "simplejpeg": {"preprocessing"},
-    "numba": {"resampling"},
+    "deepspeed": {"training.consolidated", "training.engine_check"},
+    "hydra": {"recipe.files"},
+    "omegaconf": {"recipe.load", "recipe.files"},
+    "simplejpeg": {"images.preprocessing"},
+    "numba": {"images.resampling"},
     "flash_attn": {"llava.attention"},
 }
 
@@ -79,43 +86,64 @@ def short(name: str) -> str:
     return name.removeprefix("vir_hf.")
 
 
-def read_rows() -> dict[str, int]:
-    """The rows of CONTRIBUTING.md's table: module -> number of its row, from the ground up."""
+def read_rooms() -> dict[str, int]:
+    """The rooms of CONTRIBUTING.md's table, a folder or a module that lies in none -> number of its line, from the ground up."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     section = text.partition("## Where what lives")[2].partition("\n## ")[0]
-    lines = [line for line in section.splitlines() if line.startswith("| ") and "modules of" not in line]
-    rows = {}
+    lines = [line for line in section.splitlines() if line.startswith("| `")]
+    rooms = {}
     for number, line in enumerate(lines):
-        for name in re.findall(r"`([\w.]+)`", line.split("|")[2]):
-            if name != "commands/":
-                assert name not in rows, f"CONTRIBUTING.md names {name} twice"
-                rows[name] = number
-    return rows
+        for name in re.findall(r"`(\w+)(?:/|\.py)`", line.split("|")[1]):
+            assert name not in rooms, f"CONTRIBUTING.md names {name} twice"
+            rooms[name] = number
+    return rooms
 
 
 MODULES = read_modules()
-ROWS = read_rows()
+ROOMS = read_rooms()
 
 
-def row_of(name: str) -> int:
-    return ROWS["commands"] if short(name).startswith("commands.") else ROWS[short(name)]
+def room_of(name: str) -> str:
+    return short(name).partition(".")[0]
 
 
-def test_every_module_has_a_row_and_every_row_its_modules() -> None:
-    listed = {short(name) for name in MODULES if name != "vir_hf" and not short(name).startswith("commands.")}
-    assert listed - set(ROWS) == set(), "give these a place in CONTRIBUTING.md, 'Where what lives'"
-    assert set(ROWS) - listed == set(), "CONTRIBUTING.md names modules that are not there"
+def test_every_module_lies_in_a_room_and_every_room_is_there() -> None:
+    found = {room_of(name) for name in MODULES if name != "vir_hf"}
+    assert found - set(ROOMS) == set(), "give these a line in CONTRIBUTING.md, 'Where what lives'"
+    assert set(ROOMS) - found == set(), "CONTRIBUTING.md names rooms that are not there"
 
 
-def test_a_module_imports_only_from_its_own_row_and_lower_ones() -> None:
+def test_a_module_imports_only_from_its_own_room_and_from_those_above_it() -> None:
     wrong = [
         f"{short(module.name)} imports {short(imported)}"
         for module in MODULES.values()
         for imported in sorted(module.at_import | module.later)
         if module.name != "vir_hf" and imported in MODULES and imported != "vir_hf"
-        if row_of(imported) > row_of(module.name)
+        if room_of(imported) != room_of(module.name) and ROOMS[room_of(imported)] > ROOMS[room_of(module.name)]
     ]
     assert wrong == []
+
+
+def test_the_files_that_start_a_folder_hold_nothing_but_what_it_is() -> None:
+    for module in MODULES.values():
+        if module.path.name == "__init__.py" and module.name != "vir_hf":
+            assert [type(node) for node in module.tree.body] == [ast.Expr], f"{module.path} holds code"
+
+
+def test_the_tests_of_a_module_lie_where_it_lies() -> None:
+    for path in sorted((ROOT / "tests").glob("*/test_*.py")):
+        if path.parent.name not in ("distributed", "drills"):
+            assert path.parent.name in ROOMS, f"{path.relative_to(ROOT)} lies in no room of the package"
+
+
+def test_the_design_page_names_files_that_are_there() -> None:
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(vir_hf/[\w/]+\.py)`", text))
+    assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
+    journey = text.partition("## The journey of a row")[2].partition("\n## ")[0]
+    assert len(re.findall(r"^\d+\. ", journey, re.MULTILINE)) <= 8
+    rooms = text.partition("## The rooms")[2].partition("\n## ")[0]
+    assert set(re.findall(r"`(\w+)(?:/|\.py)`", rooms)) >= set(ROOMS)
 
 
 def test_there_is_no_circle_among_modules_at_import() -> None:
@@ -187,7 +215,7 @@ def test_pictures_are_opened_in_one_place() -> None:
                 isinstance(node, ast.Call) and ast.unparse(node.func) == "gr.Image"
             ):  # else Gradio decodes uploads by itself
                 assert "image_mode=None" in ast.unparse(node) and "type='filepath'" in ast.unparse(node)
-    assert len(calls) == 1 and calls[0].endswith("images.py")
+    assert len(calls) == 1 and calls[0].endswith("images/opening.py")
 
 
 def test_assert_is_for_tests() -> None:
@@ -218,55 +246,58 @@ def test_every_public_function_and_class_says_what_it_is() -> None:
 
 # What may write, move or remove files outside `files`, and why. Everything else goes through it.
 WRITERS = {
-    "adapters": {"save_pretrained": "PEFT's own, into the folder that its caller names"},
-    "checkpoints": {
+    "model.adapters": {"save_pretrained": "PEFT's own, into the folder that its caller names"},
+    "training.checkpoints": {
         "os.rename": "a checkpoint that was written beside its place gets its name, ours proved by its manifest"
     },
     "cli": {"os.open": "the null device"},
-    "features": {
+    "batches.features": {
         "open": "shards that are only ever added to, under names drawn at random",
         "mkdir": "the cache's own folder",
     },
-    "inspection": {"save": "a picture into memory"},
-    "card": {"save": "a picture into memory"},
-    "preprocessing": {"save": "a picture into memory"},
+    "curation.inspection": {"save": "a picture into memory"},
+    "publishing.card": {"save": "a picture into memory"},
+    "images.preprocessing": {"save": "a picture into memory"},
     "llava.modeling_llava": {
         "save_pretrained": "upstream's own, into the folder that its caller names",
         "write_text": "the code and the configuration beside what `save_pretrained` has just written there",
     },
-    "language_models": {"save_pretrained": "a trial copy into a temporary folder"},
+    "model.language_models": {"save_pretrained": "a trial copy into a temporary folder"},
     "llava.processing_llava": {"save_pretrained": "upstream's own, into the folder that its caller names"},
     "llava.portable": {
         "write_text": "over what `save_pretrained` has just written there",
         "shutil.copyfile": "the tokenizer's own file beside it, where there is none",
     },
-    "loading": {"save_pretrained": "into a staging folder of `files`"},
-    "picture_check": {"pq.write_table": "into memory"},
-    "merging": {
+    "model.build": {"save_pretrained": "into a staging folder of `files`"},
+    "curation.image_check": {"pq.write_table": "into memory"},
+    "model.merging": {
         "save_pretrained": "into a staging folder of `files`",
         "os.replace": "between two parts of one staging folder of `files`",
     },
-    "preflight": {"save_pretrained": "into a staging or temporary folder", "save": "a recipe, which `files` writes"},
+    "training.preflight": {
+        "save_pretrained": "into a staging or temporary folder",
+        "save": "a recipe, which `files` writes",
+    },
     "quickstart.drawing": {"save": "pictures into a staging folder of `files`", "mkdir": "in it"},
     "quickstart.parts": {"save_pretrained": "into a staging folder of `files`"},
     "quickstart.run": {"save": "a picture into a temporary name of `files`"},
-    "recipe_files": {
+    "recipe.files": {
         "write_text": "into a temporary folder",
         "write_bytes": "into a temporary folder",
         "mkdir": "in it",
     },
-    "changes": {"save": "a recipe into a temporary folder"},
-    "evaluation": {"save": "a picture into a temporary name of `files`"},
-    "interop": {"save_file": "into a temporary name of `files`"},
-    "resume": {"save_file": "into a temporary name of `files`"},
-    "safeguards": {"torch.save": "into a temporary name of `files`"},
-    "row_cache": {"pa.OSFile": "into a temporary name of `files`", "mkdir": "the cache's own folder"},
-    "trainer": {
+    "budget.changes": {"save": "a recipe into a temporary folder"},
+    "using.evaluation": {"save": "a picture into a temporary name of `files`"},
+    "model.projector_files": {"save_file": "into a temporary name of `files`"},
+    "training.resume": {"save_file": "into a temporary name of `files`"},
+    "training.safeguards": {"torch.save": "into a temporary name of `files`"},
+    "data.cache": {"pa.OSFile": "into a temporary name of `files`", "mkdir": "the cache's own folder"},
+    "training.trainer": {
         "torch.save": "into a checkpoint's staging folder",
         "save": "a recipe, which `files` writes",
     },
-    "prepare": {"mkdir": "the folder it was told to fill"},
-    "watch": {"mkdir": "the folder of the ranks' signs", "rmdir": "the same, when it is empty"},
+    "curation.prepare": {"mkdir": "the folder it was told to fill"},
+    "training.watch": {"mkdir": "the folder of the ranks' signs", "rmdir": "the same, when it is empty"},
 }
 _METHODS = {
     "write_text", "write_bytes", "unlink", "rmdir", "rename", "touch", "mkdir", "symlink_to", "hardlink_to", "save_file",

@@ -17,6 +17,7 @@ from pathlib import Path
 import minihub
 import pytest
 import yaml
+from hub_client import environment, vir_hf
 from PIL import Image
 from tiny_run import QUESTION, pictures, train_run
 
@@ -39,26 +40,6 @@ def server(tmp_path: Path) -> Iterator[minihub.Hub]:
 def lora_run(tiny_parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     changes = {"lora": "default", "trainable.language_model": "lora", "training.max_steps": 10}
     return train_run(tiny_parts, tmp_path_factory.mktemp("lora") / "run", **changes)
-
-
-def environment(server: minihub.Hub, home: Path, **changes: str | None) -> dict[str, str]:
-    values = {
-        **os.environ,
-        "HF_ENDPOINT": server.url,
-        "HF_TOKEN": server.token,
-        "HF_HOME": str(home / "hf-home"),
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "PYTHONPATH": str(ROOT),
-        **changes,
-    }
-    return {key: value for key, value in values.items() if value is not None}
-
-
-def vir_hf(words: list[str], env: dict[str, str], cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "vir_hf.cli", *words]
-    return subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=120)
 
 
 def python(code: str, env: dict[str, str], cwd: Path) -> str:

@@ -18,8 +18,8 @@ from typing import Any
 import minihub
 import pytest
 import yaml
+from hub_client import environment, vir_hf
 from PIL import Image
-from test_hub import environment, vir_hf
 from tiny_run import QUESTION, pictures
 
 from vir_hf import cli

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import test_conversations as texts
+import test_encoding as texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
