@@ -64,7 +64,7 @@ drills: $(VENV)/.installed-dev
 # Writes the table of docs/language-models.md, then tries what it says.
 families: $(VENV)/.installed-dev
 	PYTHONPATH=. $(BIN)/python tests/language_model_families.py
-	$(BIN)/python -m pytest -m families tests/test_language_models.py $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m families tests/model/test_language_models.py $(PYTEST_ARGS)
 
 # DeepSpeed is no part of the ordinary tests; without it the ZeRO tests are skipped.
 distributed: $(VENV)/.installed-dev
