@@ -56,8 +56,9 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> dict[str
         RunError: a run that could not go on; what is left on disk and what to do.
         RunStopped: a signal ended it after a checkpoint; `training.resume=auto` goes on.
     """
-    from vir_hf import hub
+    from vir_hf import hub, recipe_rules
 
+    recipe_rules.check(recipe)  # one made or changed in Python has not been through `load_recipe`
     repo_id = hub.name_for(recipe) if recipe.training.push_to_hub else None
     signals = StopOnSignal()
     with signals.installed():
