@@ -184,3 +184,11 @@ def test_recipe_keys_on_the_pages_exist() -> None:
             if key not in known[section] and f"{section}.{key}" not in not_keys:
                 wrong.append(f"{path.name}: {section}.{key}")
     assert wrong == []
+
+
+def test_the_design_page_names_files_that_are_there_and_a_row_has_a_short_journey() -> None:
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(vir_hf/[\w/]+\.py)`", text))
+    assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
+    journey = text.partition("## The journey of a row")[2].partition("\n## ")[0]
+    assert 1 <= len(re.findall(r"^\d+\. ", journey, re.MULTILINE)) <= 8

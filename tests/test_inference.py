@@ -245,7 +245,11 @@ def test_a_row_that_cannot_be_answered_does_not_stop_the_others(
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [('{"id": 1}\n{"id": 1}', "row 0 and of row 1"), ("{", "line 1: is not JSON"), ("[1]", "row 0: found int")],
+    [
+        ('{"id": 1}\n{"id": 1}', "row 0 and of row 1"),
+        ("{", "line 1: the file ends in the middle"),
+        ("[1]", "row 0: found int"),
+    ],
 )
 def test_a_file_that_is_no_list_of_questions_ends_with_2(
     text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture

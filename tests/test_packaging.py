@@ -221,7 +221,13 @@ def test_every_imported_package_is_a_dependency() -> None:
                 found |= {alias.name.split(".")[0]: path.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 found[node.module.split(".")[0]] = path.name
-    imported_if_there = {"flash_attn", "torch_xla", "lmms_eval", "spaces"}  # used where someone has installed them
+    imported_if_there = {
+        "flash_attn",
+        "torch_xla",
+        "lmms_eval",
+        "spaces",
+        "wandb",
+    }  # used where someone has installed them
     for name, file in sorted(found.items()):
         if name in sys.stdlib_module_names or name in imported_if_there or name == "vir_hf":
             continue

@@ -60,5 +60,6 @@ def _is_command() -> bool:
     return any(Path(word).name in ("vir-hf", "vir-hf.exe") for word in words[:2])
 
 
+importlib.import_module("vir_hf.moved").install()
 if not _is_command():
     importlib.import_module("vir_hf.llava.registration").register()

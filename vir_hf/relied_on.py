@@ -147,6 +147,12 @@ RELIED_ON = (
         "_hf_peft_config_loaded",
         "a projector beside 4-bit weights learns without an adapter, which upstream refuses",
     ),
+    ReliedOn(
+        "argparse.ArgumentParser",
+        "_actions",
+        "completion reads the options of a command from its parser, which has no public list of them",
+        seen_in="Python 3.13",
+    ),
     # Models and their configs.
     ReliedOn(
         "transformers.PretrainedConfig",

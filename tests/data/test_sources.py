@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -16,7 +17,7 @@ import pytest
 from PIL import Image
 
 from vir_hf.data.located import BadRow, BadRowPolicy, _ordinary_row
-from vir_hf.data.sources import load_llava_dataset, load_sources, mixture_counts
+from vir_hf.data.sources import _without_decoding, load_llava_dataset, load_sources, mixture_counts
 from vir_hf.errors import DataError, ImageError, RecipeError
 from vir_hf.images.archives import _open_archive
 from vir_hf.rows.encoding import to_messages
@@ -544,3 +545,22 @@ def test_real_rows_load_whole(shared_data: Path, name: str, images: str | None, 
         assert len(ours["images"]) == ("image" in row)
     opened = load_llava_dataset(shared_data / name, images and shared_data / images)
     assert all(np.asarray(image).ndim == 3 for row in opened.select(range(0, num_rows, 29)) for image in row["images"])
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_images_of_a_hub_data_set_are_not_opened_by_datasets_however_deep_they_lie(is_stream: bool) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(buffer, "PNG")
+    image = {"bytes": buffer.getvalue(), "path": "a.png"}
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "images": datasets.List(datasets.Image()),
+            "parts": datasets.List({"image": datasets.Image(), "text": datasets.Value("string")}),
+            "deep": {"image": datasets.Image()},
+        }
+    )
+    row = {"image": image, "images": [image], "parts": [{"image": image, "text": "a"}], "deep": {"image": image}}
+    dataset = datasets.Dataset.from_list([row], features=features)
+    dataset = dataset.to_iterable_dataset() if is_stream else dataset
+    assert next(iter(_without_decoding(dataset))) == row

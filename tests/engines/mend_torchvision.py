@@ -10,9 +10,9 @@ from pathlib import Path
 
 MARK = "# declared for a CPU build of torch"
 LINES = f"""{MARK}
-import torch as _torch
+from torch import library as _library
 
-_declared = _torch.library.Library("torchvision", "DEF")
+_declared = _library.Library("torchvision", "DEF")
 _declared.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 _declared.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 

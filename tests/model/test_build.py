@@ -492,7 +492,7 @@ def test_a_projector_of_ones_own_needs_no_layer_of_a_certain_name(
     monkeypatch.setitem(PROJECTORS, "linear", Own)
     metrics = run(tiny_parts, tmp_path / "run", **{"model.projector_type": "linear", "training.max_steps": 1})
     assert metrics["num_steps"] == 1
-    state = load_file(tmp_path / "run" / "projector.safetensors")
+    state = load_file(tmp_path / "run" / "projector" / "projector.safetensors")
     assert set(state) == {"0.weight", "0.bias", "1.weight", "1.bias"}
     for source in (tmp_path / "run", tmp_path / "run" / "adapter_model.safetensors"):
         model, _, _ = load(

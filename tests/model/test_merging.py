@@ -73,7 +73,8 @@ def test_in_bf16_a_merge_is_within_bf16_rounding(tiny_parts: Path, tmp_path: Pat
     expected = logits_of(unmerged, tiny_parts, processor).float()
     learned = difference(expected, logits_of(base, tiny_parts, processor).float())
     found = difference(logits_of(plain, tiny_parts, processor).float(), expected)
-    assert found < 4 * 2**-8 * float(expected.abs().max()) < learned
+    # Eight roundings of the largest logit: how many there are depends on the order in which a CPU adds.
+    assert found < 8 * 2**-8 * float(expected.abs().max()) < learned
 
 
 def test_a_base_quantised_while_loading_is_rounded_the_same_way_again(tiny_parts: Path, tmp_path: Path):

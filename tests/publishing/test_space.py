@@ -214,12 +214,12 @@ def test_bad_input_is_answered_in_words_and_the_server_stays(served: Served, tin
 
     (tmp_path / "broken.png").write_bytes(Path(pictures(tiny_parts)[0]).read_bytes()[:70])
     (tmp_path / "words.png").write_text("this is no picture")
-    Image.new("1", (10_000, 10_000)).save(tmp_path / "huge.png")  # 100 megapixels in a few kilobytes
+    Image.new("1", (9_000, 9_000)).save(tmp_path / "huge.png")  # 81 megapixels in a few kilobytes
     client = client_of(served)
     for name, expected in (
         ("broken.png", "broken.png"),
         ("words.png", "no image file"),
-        ("huge.png", "10000 x 10000 pixels; this demo takes at most 1 megapixels"),
+        ("huge.png", "9000 x 9000 pixels; this demo takes at most 1 megapixels"),
     ):
         with pytest.raises(Exception, match=expected):
             client.predict(QUESTION, handle_file(str(tmp_path / name)), api_name="/answer")
@@ -484,7 +484,7 @@ class TestBrowser:
         page.page.focus("#box textarea")
         page.page.keyboard.press("Enter")
         assert "Write a question" in page.toast()
-        Image.new("1", (10_000, 10_000)).save(tmp_path / "huge.png")
+        Image.new("1", (9_000, 9_000)).save(tmp_path / "huge.png")
         page.attach(str(tmp_path / "huge.png"))
         page.send("What is it?")
         page.page.get_by_text("at most 1 megapixels").wait_for()

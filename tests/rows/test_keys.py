@@ -23,6 +23,7 @@ from vir_hf.data.located import BadRow, BadRowPolicy, _ordinary_row, normalise_r
 from vir_hf.data.statistics import _row_length
 from vir_hf.errors import MAX_MESSAGE, DataError
 from vir_hf.images.folder import ImageFolder
+from vir_hf.images.identity import picture_identity
 from vir_hf.images.opening import open_image
 from vir_hf.inference import Answerer, Question
 from vir_hf.rows.encoding import (
@@ -36,7 +37,7 @@ from vir_hf.rows.encoding import (
     to_messages,
 )
 from vir_hf.rows.keys import unread_keys
-from vir_hf.using.evaluation import _first_picture
+from vir_hf.using.questions import question_messages
 
 
 def png(colour: str = "red") -> bytes:
@@ -425,10 +426,14 @@ def test_statistics_read_rows_as_training_does(drawn: dict[str, Any]) -> None:
 
 
 def test_evaluation_names_the_first_image_however_it_is_written() -> None:
-    assert _first_picture(row(image="a.png")) == _first_picture(row(img="./a.png")) is not None
-    assert _first_picture({"question": "What?", "image": {"bytes": PNG}}) == _first_picture(row(image_url=DATA_URI))
-    assert _first_picture(of_parts({"type": "image", "image": BASE64})) == _first_picture(row(image=PNG))
-    assert _first_picture(row("What?")) is None
+    def first(raw: dict[str, Any]) -> Any:
+        images = question_messages(raw)["images"]
+        return picture_identity(images[0]) if images else None
+
+    assert first(row(image="a.png")) == first(row(img="./a.png")) is not None
+    assert first({"question": "What?", "image": {"bytes": PNG}}) == first(row(image_url=DATA_URI))
+    assert first(of_parts({"type": "image", "image": BASE64})) == first(row(image=PNG))
+    assert first(row("What?")) is None
 
 
 # (3) No message is longer than MAX_MESSAGE characters.

@@ -110,7 +110,7 @@ def test_the_best_steps_bits_are_saved(kind: str, tiny_parts: Path, tmp_path: Pa
     assert differing(tmp_path, tmp_path / "checkpoint-4") != []
     from safetensors.torch import load_file as load
 
-    projector = load(tmp_path / "projector.safetensors")  # what the next stage starts from
+    projector = load(tmp_path / "projector" / "projector.safetensors")  # what the next stage starts from
     there = weights(tmp_path)
     name = next(key for key in there if key.endswith("linear_1.weight"))
     assert torch.equal(projector["linear_1.weight"], there[name].to(projector["linear_1.weight"].dtype))

@@ -145,6 +145,17 @@ def test_what_cannot_run_is_said_before_training(tiny_parts: Path, tmp_path: Pat
         run(tiny_parts, tmp_path, **changes)
 
 
+def test_a_recipe_changed_in_python_is_held_to_the_same_rules(tiny_parts: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(tiny.training_overrides(tiny_parts, tmp_path))
+    recipe.trainable.language_model, recipe.trainable.vision_tower = "full", "lora"  # an adapter would lose the rest
+    with pytest.raises(RecipeError, match="trainable.vision_tower"):
+        train(recipe)
+    recipe = load_recipe(tiny.training_overrides(tiny_parts, tmp_path))
+    recipe.data.streaming = True
+    with pytest.raises(RecipeError, match="max_steps"):
+        train(recipe)
+
+
 def test_a_model_without_a_tokenizer_is_refused_kindly(tiny_parts: Path, tmp_path: Path) -> None:
     from transformers import LlamaForCausalLM
 

@@ -200,9 +200,9 @@ def _complete_arguments(parser: argparse.ArgumentParser, before: list[str], word
         shown = {option: action for option, action in options.items() if action.help != argparse.SUPPRESS}
         return _starting(word, [_with_help(o, a.help) for o, a in shown.items() if o.startswith("--")])
     positional = {action.dest: action for action in parser._actions if not action.option_strings}
-    if "overrides" in positional or "target" in positional:
+    if "overrides" in positional:
         found = _complete_override(word, _option_value(before, "--recipes-dir"))
-        is_path = "target" in positional and "=" not in word
+        is_path = getattr(parser, "takes_path", False) and "=" not in word
         return [FILES] if is_path and (not word or not found) else found
     found = _starting(word, [str(choice) for action in positional.values() for choice in action.choices or ()])
     takes_files = any(a.choices is None and name not in _TAKEN_AS_TEXT for name, a in positional.items())

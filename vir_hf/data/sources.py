@@ -339,13 +339,27 @@ class _HubRows:
 
 
 def _without_decoding(dataset: Any) -> Any:
-    """Return a Hub data set whose image columns stay `{"bytes", "path"}`."""
+    """Return a Hub data set whose images stay `{"bytes", "path"}`, however deep in a column they lie.
+
+    `datasets` would open them with whatever Pillow knows; here they are opened in one place, from a list of kinds.
+    """
     for name, feature in (dataset.features or {}).items():
-        if isinstance(feature, datasets.Image):
-            dataset = dataset.cast_column(name, datasets.Image(decode=False))
-        elif isinstance(getattr(feature, "feature", None), datasets.Image):
-            dataset = dataset.cast_column(name, datasets.List(datasets.Image(decode=False)))
+        undecoded = _undecoded(feature)
+        if undecoded != feature:
+            dataset = dataset.cast_column(name, undecoded)
     return dataset
+
+
+def _undecoded(feature: Any) -> Any:
+    if isinstance(feature, datasets.Image):
+        return datasets.Image(decode=False)
+    if isinstance(feature, dict):
+        return {name: _undecoded(inner) for name, inner in feature.items()}
+    if isinstance(feature, (list, tuple)):
+        return [_undecoded(inner) for inner in feature]
+    if isinstance(feature, (datasets.List, datasets.LargeList)):
+        return dataclasses.replace(feature, feature=_undecoded(feature.feature))
+    return feature
 
 
 def _open_cache(

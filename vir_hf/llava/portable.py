@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A saved folder that every tool can read: transformers 4 and 5, vLLM, MLX-VLM and llama.cpp.
 
 transformers 5 writes files that transformers 4 and the tools that pin it cannot read, or read as something else without a

@@ -176,7 +176,11 @@ def _with_transformers(facts: RunFacts, repo_id: str) -> str:
     trust = "" if is_native else ", trust_remote_code=True"
     own = "" if is_native else " The code of its projector needs transformers 5."
     imports = f"from transformers import AutoProcessor, {model_class}"
-    if facts.is_adapter:
+    if facts.is_adapter and facts.has_own_base and not is_native:
+        # transformers' Auto classes put the adapter on its base by themselves, and would look for it in the base's folder.
+        imports = f"import peft  # puts the adapter on its base; without it the base alone would answer\n{imports}"
+        load = f'model = {model_class}.from_pretrained("{repo_id}"{trust})'
+    elif facts.is_adapter:
         base = facts.adapter_base or facts.value("model.name_or_path") or "BASE"
         source = f'"{repo_id}", subfolder="base"' if facts.has_own_base else f'"{base}"'
         imports = f"from peft import PeftModel\n{imports}"

@@ -227,6 +227,7 @@ class RecipeArgumentParser(argparse.ArgumentParser):
     def __init__(self, *, takes_path: bool = False, can_resume: bool = False, **keywords: Any) -> None:
         keywords.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(**keywords)
+        self.takes_path = takes_path
         words = "experiment=NAME, GROUP=OPTION or section.key=value"
         self.add_argument(
             "overrides",

@@ -58,7 +58,9 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> dict[str
         RunStopped: a signal ended it after a checkpoint; `training.resume=auto` goes on.
     """
     from vir_hf.publishing import hub
+    from vir_hf.recipe import rules
 
+    rules.check(recipe)  # one made or changed in Python has not been through `load_recipe`
     repo_id = hub.name_for(recipe) if recipe.training.push_to_hub else None
     signals = StopOnSignal()
     with signals.installed():

@@ -24,6 +24,8 @@ from vir_hf.inference import Answerer, Prompt, Question
 from vir_hf.training.checkpoints import OF_EVALUATION, run_folder
 from vir_hf.using.questions import look_at_picture, row_question, row_references
 from vir_hf.using.scoring import NORMALISATION, is_empty, mean_scores
+from vir_hf.using.scoring import exact_match as exact_match  # where scripts have found them since the first version
+from vir_hf.using.scoring import rouge_l as rouge_l
 
 EVALUATION = "evaluation.json"
 SAMPLES = "samples.json"

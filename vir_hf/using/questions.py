@@ -35,6 +35,8 @@ def read_questions(path: Path) -> list[dict[str, Any]]:
     Raises:
         DataError: no such file, malformed JSON (with its line), a row that is no object, an id that comes twice.
     """
+    if not path.is_file():
+        raise DataError(f"{path}: cannot be read (no such file); expected a .jsonl or .json file of questions.")
     rows = [row for _, row in read_rows(os.fspath(path))]
     seen: dict[str, int] = {}
     for number, row in enumerate(rows):

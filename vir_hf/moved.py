@@ -1,0 +1,84 @@
+"""Where modules lay in 0.1.0, before the package had rooms: scripts that import from there still find them, and are told."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.util
+import sys
+import warnings
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+MOVED = {
+    "archives": "images.archives",
+    "card": "publishing.card",
+    "checkpoints": "training.checkpoints",
+    "checks": "curation.checks",
+    "collator": "batches.collator",
+    "conversations": "rows.encoding",
+    "evaluation": "using.evaluation",
+    "exactness": "training.exactness",
+    "features": "batches.features",
+    "hub": "publishing.hub",
+    "identity": "images.identity",
+    "image_folder": "images.folder",
+    "inspection": "curation.inspection",
+    "language_models": "model.language_models",
+    "loading": "model.build",
+    "memory": "budget.plan",
+    "merging": "model.merging",
+    "planning": "batches.planning",
+    "prepare": "curation.prepare",
+    "preprocessing": "images.preprocessing",
+    "questions": "using.questions",
+    "recipe_rules": "recipe.rules",
+    "resume": "training.resume",
+    "row_files": "rows.files",
+    "row_keys": "rows.keys",
+    "sampling": "batches.sampling",
+    "scoring": "using.scoring",
+    "space": "publishing.space",
+    "templates": "rows.templates",
+    "trainable": "model.trainable",
+    "trainer": "training.trainer",
+}
+
+
+class _Moved(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds `vir_hf.OLD` as the module that holds its contents now. Asked last: only where nothing else has the name."""
+
+    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+        package, _, name = fullname.rpartition(".")
+        return importlib.util.spec_from_loader(fullname, self) if package == "vir_hf" and name in MOVED else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        new = f"vir_hf.{MOVED[spec.name.rpartition('.')[2]]}"
+        warnings.warn(f"{spec.name} is now {new}", DeprecationWarning, stacklevel=2)
+        module = importlib.import_module(new)
+        spec.loader_state = module.__spec__  # the import machinery is about to write `spec` over it
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Nothing is left to run: the module was imported under its own name."""
+        if module.__spec__ is not None and module.__spec__.loader is self:
+            module.__spec__ = module.__spec__.loader_state
+
+
+def install() -> None:
+    """Let the old names be imported in this process."""
+    sys.meta_path.append(_Moved())
+
+
+def names_of(module: str) -> Callable[[str], Any]:
+    """The `__getattr__` of a room with the name of an old module: its names are looked up in `module`, which took its place."""
+
+    def lookup(name: str) -> Any:
+        found = None if name.startswith("__") else vars(importlib.import_module(module)).get(name)
+        if found is None:
+            raise AttributeError(f"{name!r} is neither a module of this room nor a name of {module}")
+        return found
+
+    return lookup
