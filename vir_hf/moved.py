@@ -73,10 +73,15 @@ def install() -> None:
 
 
 def names_of(module: str) -> Callable[[str], Any]:
-    """The `__getattr__` of a room with the name of an old module: its names are looked up in `module`, which took its place."""
+    """The `__getattr__` of a room with the name of an old module: its names are looked up in `module`, which took its place.
+
+    Python asks here before it looks for a module of the room; those come first, or `module` would be imported for each.
+    """
+    room = module.rpartition(".")[0]
 
     def lookup(name: str) -> Any:
-        found = None if name.startswith("__") else vars(importlib.import_module(module)).get(name)
+        is_module = name.startswith("__") or importlib.util.find_spec(f"{room}.{name}") is not None
+        found = None if is_module else vars(importlib.import_module(module)).get(name)
         if found is None:
             raise AttributeError(f"{name!r} is neither a module of this room nor a name of {module}")
         return found
