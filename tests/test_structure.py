@@ -304,6 +304,7 @@ WRITERS = {
         "save": "a recipe, which `files` writes",
     },
     "curation.prepare": {"mkdir": "the folder it was told to fill"},
+    "training.panel": {"save": "an image into memory"},
     "training.watch": {"mkdir": "the folder of the ranks' signs", "rmdir": "the same, when it is empty"},
 }
 _METHODS = {
