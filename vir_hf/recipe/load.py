@@ -76,6 +76,11 @@ class SourceSection:
     weight: float | None = None
     num_rows: int | None = None
     name: str | None = None
+    split: str | None = None
+    format: str | None = None
+    columns: dict[str, Any] | None = None
+    filter: dict[str, Any] | None = None
+    boxes: dict[str, Any] | None = None
 
 
 @dataclass
@@ -87,6 +92,12 @@ class DataSection:
     eval_path: str | None = None
     eval_image_folder: str | None = None
     sources: list[SourceSection] | None = None
+    name: str | None = None
+    split: str | None = None
+    format: str | None = None
+    columns: dict[str, Any] | None = None
+    filter: dict[str, Any] | None = None
+    boxes: dict[str, Any] | None = None
     streaming: bool = False
     max_rows: int | None = None
     on_bad_row: Literal["raise", "skip"] = "raise"
@@ -319,10 +330,13 @@ def section_arguments(section: str) -> dict[str, upstream.Argument]:
         of_section, _, name = key.partition(".")
         if of_section == section and name in known:
             known[name] = dataclasses.replace(known[name], choices=words)
+    # These dictionaries are where a new word is added; their modules are too heavy to import for a typo.
+    package = Path(__file__).parents[1]
+    if section == "data":
+        shapes = upstream.keys_of_dictionary(package / "rows/shapes.py", "SHAPES")
+        known["format"] = dataclasses.replace(known["format"], choices=shapes)
     if section != "model":
         return known
-    # These two dictionaries are where a new word is added; their modules are too heavy to import for a typo.
-    package = Path(__file__).parents[1]
     for name, file, dictionary, more in (
         ("projector_type", "llava/projectors.py", "PROJECTORS", ()),
         ("template", "rows/templates.py", "TEMPLATES", ("auto",)),
