@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vir_hf import files
+from vir_hf.commands.reading import add_reading, reading_of
 from vir_hf.errors import DataError, RecipeError, clipped, shown
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def main(argv: list[str]) -> int:
         "--image-folder", metavar="DIR", help="where the rows' pictures lie; beside the rows by default"
     )
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="questions computed together (8)")
+    add_reading(parser)
     add_model_arguments(parser)
     add_generation_arguments(parser)
     arguments = parser.parse_intermixed_args(argv)
@@ -138,7 +140,7 @@ def _answer_file(arguments: argparse.Namespace) -> int:
     from vir_hf.using.questions import answered_ids, read_questions
 
     options = generation_options(arguments)
-    rows = read_questions(Path(arguments.input))
+    rows = read_questions(Path(arguments.input), reading_of(arguments))
     output = Path(arguments.output)
     inputs = [name for name in (arguments.input, arguments.image_folder, arguments.model, arguments.adapter) if name]
     # One that is there is gone on with, if it holds answers and nothing else.

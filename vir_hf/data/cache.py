@@ -165,9 +165,7 @@ def _stamp(place: str) -> list[int] | None:
     return None if stamp is None else [0 if os.path.isdir(place) else stamp[0], stamp[1]]
 
 
-def _write_report(
-    path: Path, bad_rows: list[BadRow], seen: Seen, places: Iterable[str], started: int
-) -> None:
+def _write_report(path: Path, bad_rows: list[BadRow], seen: Seen, places: Iterable[str], started: int) -> None:
     stamps = {place: _stamp(place) for place in places}
     # What changed while its pictures were being found is looked through again the next time; file systems round times.
     stamps = {place: stamp if stamp and stamp[1] < started - 10**7 else None for place, stamp in stamps.items()}

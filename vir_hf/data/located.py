@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vir_hf.data.filters import failed_by_columns, failed_by_quantities
-from vir_hf.data.reading import Reading, Seen
+from vir_hf.data.reading import BY_COLUMNS, Reading, Seen
 from vir_hf.errors import MAX_MESSAGE, DataError, ImageError, clipped, shown
 from vir_hf.images.folder import ImageFolder
 from vir_hf.images.opening import read_upright_size
@@ -97,7 +97,7 @@ def normalise_row(
     file: str,
     number: int,
     seen: Seen | None = None,
-    reading: Reading = Reading(),
+    reading: Reading = BY_COLUMNS,
 ) -> dict[str, Any] | BadRow | None:
     """Return a raw row as `{"id", "messages", "images"}` with its images located in `folder`, or as a `BadRow`.
 
@@ -175,7 +175,11 @@ def change_boxes(row: dict[str, Any], change: BoxChange) -> int:
     sizes: set[tuple[int, int]] = set()
     count = 0
     for part in (part for message in row["messages"] for part in message["content"]):
-        if not row["images"] or not part.get("text") or not any(find_boxes(part["text"], change.found, (1, 1), change.has_points)):
+        if (
+            not row["images"]
+            or not part.get("text")
+            or not any(find_boxes(part["text"], change.found, (1, 1), change.has_points))
+        ):
             continue
         sizes = sizes or {read_upright_size(image) for image in row["images"]}
         if len(sizes) > 1:

@@ -64,6 +64,9 @@ class Reading:
         return [self.format, sorted(self.columns.items()), conditions, self.boxes and dataclasses.astuple(self.boxes)]
 
 
+BY_COLUMNS = Reading()  # all rows, each in the shape that its columns are those of
+
+
 @dataclasses.dataclass
 class Seen:
     """What reading the rows of a source brought to light.
@@ -91,6 +94,14 @@ class Seen:
         counters = {name: Counter(value[name]) for name in ("unread", "shapes", "filtered", "absent")}
         return cls(value["num_rows"], firsts=dict(value["firsts"]), boxes=value["boxes"], **counters)
 
+    def add(self, other: Seen) -> None:
+        """Count in what was seen of further rows."""
+        self.num_rows += other.num_rows
+        self.boxes += other.boxes
+        for name in ("unread", "shapes", "filtered", "absent"):
+            getattr(self, name).update(getattr(other, name))
+        self.firsts = {**other.firsts, **self.firsts}
+
     def add_shape(self, name: str, place: str) -> None:
         """Count a row of a shape."""
         self.shapes[name] += 1
@@ -113,6 +124,15 @@ class Seen:
             f"data.format={usual}, and the others are bad rows"
         )
 
+    def refuse_absent_columns(self, source: str) -> None:
+        """Raise a `DataError` if a condition names a column that no row has: a slip, which would leave out everything."""
+        for column, count in self.absent.items():
+            if count == self.num_rows:
+                raise DataError(
+                    f"{source}: none of {count:,} rows has the column {column!r} that data.filter names. Correct "
+                    f"data.filter.{column}, or remove it."
+                )
+
     def report(self, source: str) -> None:
         """Log in a line each how the rows were read, which were left out, and what nothing reads.
 
@@ -120,12 +140,7 @@ class Seen:
             DataError: a condition names a column that no row has.
         """
         source = clipped(source, 120)
-        for column, count in self.absent.items():
-            if count == self.num_rows:
-                raise DataError(
-                    f"{source}: none of {count:,} rows has the column {column!r} that data.filter names. Correct "
-                    f"data.filter.{column}, or remove it."
-                )
+        self.refuse_absent_columns(source)
         if self.shapes:
             logger.info("%s: %s", source, self.shapes_line())
             if odd := self.odd_shapes():

@@ -17,11 +17,19 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from vir_hf import files
 from vir_hf.data.cache import cache_folder, cached_rows, fingerprint
 from vir_hf.data.located import BadRow, BadRowPolicy, normalise_row
-from vir_hf.data.reading import READING_KEYS, Reading, Seen
+from vir_hf.data.reading import BY_COLUMNS, READING_KEYS, Reading, Seen
 from vir_hf.errors import DataError, ImageError, RecipeError, clipped
 from vir_hf.images.folder import ImageFolder
 from vir_hf.images.opening import open_image
-from vir_hf.rows.files import DATA_SUFFIXES, RowRange, find_data_files, is_data_file, read_rows, split_rows
+from vir_hf.rows.files import (
+    DATA_SUFFIXES,
+    OTHER_DATA_SUFFIXES,
+    RowRange,
+    find_data_files,
+    image_root,
+    read_rows,
+    split_rows,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +64,7 @@ def load_llava_dataset(
     bad_rows: list[BadRow] | None = None,
     name: str | None = None,
     split: str | None = None,
-    reading: Reading = Reading(),
+    reading: Reading = BY_COLUMNS,
 ) -> datasets.Dataset | datasets.IterableDataset:
     """Return the rows of LLaVA data as a dataset with the columns `id`, `messages` and `images`.
 
@@ -237,11 +245,10 @@ class _FileRows:
         self.path = path
         self.reading = reading
         self.files = find_data_files(path)
-        if image_folder is not None:
-            self.folders = [ImageFolder(image_folder, allow_urls=allow_urls)] * len(self.files)
-        else:
-            own = [os.path.dirname(os.path.abspath(file)) for file in self.files]
-            self.folders = [ImageFolder(folder, allow_urls=allow_urls) for folder in own]
+        named = None if image_folder is None else os.fspath(image_folder)
+        roots = [image_root(file, named) for file in self.files]
+        folders = {root: ImageFolder(root, allow_urls=allow_urls) for root in dict.fromkeys(roots)}
+        self.folders = [folders[root] for root in roots]
 
     def load(self, max_rows: int | None) -> tuple[datasets.Dataset, list[BadRow]]:
         for folder in self.folders:
@@ -273,7 +280,9 @@ class _FileRows:
             for part in _parts_of(file, num_parts)
         ]
         return datasets.IterableDataset.from_generator(
-            _generate_rows, features=ROW_FEATURES, gen_kwargs={"shards": shards, "policy": policy, "reading": self.reading}
+            _generate_rows,
+            features=ROW_FEATURES,
+            gen_kwargs={"shards": shards, "policy": policy, "reading": self.reading},
         )
 
 
@@ -347,7 +356,9 @@ class _HubRows:
 
     def load(self, max_rows: int | None) -> tuple[datasets.Dataset, list[BadRow]]:
         dataset = self.dataset if max_rows is None else self.dataset.take(max_rows)
-        name = fingerprint([], self.name, dataset._fingerprint, self.folder.identity if self.folder else None, self.reading.identity)
+        name = fingerprint(
+            [], self.name, dataset._fingerprint, self.folder.identity if self.folder else None, self.reading.identity
+        )
 
         def rows(seen: Seen) -> Iterator[dict[str, Any] | BadRow | None]:
             numbered = enumerate(dataset)
@@ -414,7 +425,7 @@ def local_data(path: str | os.PathLike[str]) -> str:
     if os.path.exists(path) or not is_hub_id(path):
         return path
     try:
-        patterns = [f"*{suffix}" for suffix in DATA_SUFFIXES]
+        patterns = [f"*{suffix}" for suffix in (*DATA_SUFFIXES, *OTHER_DATA_SUFFIXES)]
         return snapshot_download(path, repo_type="dataset", allow_patterns=patterns)
     except Exception as error:  # the same as below
         raise DataError(
@@ -425,7 +436,7 @@ def local_data(path: str | os.PathLike[str]) -> str:
 
 def is_hub_id(path: str) -> bool:
     """Whether a path that is no file here can be the name of a Hub data set, `owner/name`."""
-    return bool(_HUB_ID.match(path)) and not is_data_file(path)
+    return bool(_HUB_ID.match(path)) and not path.lower().endswith((*DATA_SUFFIXES, *OTHER_DATA_SUFFIXES))
 
 
 def local_path(path: str | os.PathLike[str]) -> str:

@@ -234,7 +234,7 @@ def _pair_of(turn: Mapping[str, Any]) -> tuple[str, str] | None:
 
 
 def _turns(turns: Any, column: str) -> list[Any]:
-    """Return turns of `from` and `value` (or `role` and `content`), of a list of these, of pairs, or of the text of such a list."""
+    """Return turns of `from` and `value` (or `role` and `content`) of a list of these or of pairs, or of its JSON text."""
     if isinstance(turns, str):
         try:
             turns = json.loads(turns)

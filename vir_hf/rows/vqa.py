@@ -67,7 +67,7 @@ def right_answers(row: Mapping[str, Any]) -> list[str]:
         if len(set(letters)) > 1:
             raise _differ(given)
         return letters[:1]
-    found = [(name, [text for text in answers_in(row[name], name)]) for name in given]
+    found = [(name, answers_in(row[name], name)) for name in given]
     found = [(name, texts) for name, texts in found if texts]
     if not found:
         return []
