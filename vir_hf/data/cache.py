@@ -170,7 +170,7 @@ def _write_report(path: Path, bad_rows: list[BadRow], seen: Seen, places: Iterab
     # What changed while its pictures were being found is looked through again the next time; file systems round times.
     stamps = {place: stamp if stamp and stamp[1] < started - 10**7 else None for place, stamp in stamps.items()}
     bad = [dataclasses.asdict(bad) for bad in bad_rows]
-    report = {"bad_rows": bad, "seen": dataclasses.asdict(seen), "stamps": stamps}
+    report = {"bad_rows": bad, "seen": seen.to_json(), "stamps": stamps}
     files.write_text(path.with_suffix(".json"), json.dumps(report))
 
 

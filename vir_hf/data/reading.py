@@ -61,7 +61,7 @@ class Reading:
     def identity(self) -> list[Any]:
         """What a cache of rows depends on."""
         conditions = [(condition.column, condition.text) for condition in self.conditions]
-        return [self.format, sorted(self.columns.items()), conditions, self.boxes and dataclasses.astuple(self.boxes)]
+        return [self.format, sorted(self.columns.items()), conditions, str(self.boxes)]
 
 
 BY_COLUMNS = Reading()  # all rows, each in the shape that its columns are those of
@@ -90,9 +90,13 @@ class Seen:
 
     @classmethod
     def of_json(cls, value: Mapping[str, Any]) -> Seen:
-        """Return what `dataclasses.asdict` and JSON made of it."""
+        """Return what `to_json` and JSON made of it."""
         counters = {name: Counter(value[name]) for name in ("unread", "shapes", "filtered", "absent")}
         return cls(value["num_rows"], firsts=dict(value["firsts"]), boxes=value["boxes"], **counters)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain data; `dataclasses.asdict` would count the pairs of a counter."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def add(self, other: Seen) -> None:
         """Count in what was seen of further rows."""

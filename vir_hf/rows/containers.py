@@ -98,10 +98,21 @@ def read_shard_rows(path: str) -> Iterator[tuple[int, Any]]:
                         )
                     key, row = this, {"__key__": this}
                 row[_column(suffix)] = _content(shard, info, name, suffix, path)
+            if not _has_end(path, shard.offset):
+                raise DataError(
+                    f"{path}: ends after row {number} without the zeros that end a tar. Was it cut short? Fetch it again."
+                )
     except (tarfile.TarError, EOFError) as error:
         raise DataError(f"{path}: is cut short or no tar shard ({error}). Fetch it again.") from error
     if key is not None:
         yield number, row
+
+
+def _has_end(path: str, offset: int) -> bool:
+    """Whether an archive ends as it should where its reader stopped, which tarfile also does at a header that is cut off."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return file.read(tarfile.BLOCKSIZE) == tarfile.NUL * tarfile.BLOCKSIZE
 
 
 def split_member(name: str) -> tuple[str, str]:
