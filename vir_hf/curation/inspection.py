@@ -231,6 +231,11 @@ def _shown_image(
     return {"error": "", "data": base64.b64encode(buffer.getvalue()).decode(), "label": label}
 
 
+def shown_file(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Return an image file as the pages show it: as base64 with its label, or why it cannot be shown."""
+    return _shown_image({"bytes": None, "path": os.fspath(path)}, None, (), None)
+
+
 class _Scaling(NamedTuple):
     """Where a point of an image lies in a smaller picture of all of it."""
 

@@ -16,6 +16,7 @@ from huggingface_hub import hf_hub_download, snapshot_download
 
 from vir_hf import files
 from vir_hf.data.cache import cache_folder, cached_rows, fingerprint
+from vir_hf.data.duplicates import Duplicates
 from vir_hf.data.located import BadRow, BadRowPolicy, normalise_row
 from vir_hf.data.reading import BY_COLUMNS, READING_KEYS, Reading, Seen
 from vir_hf.errors import DataError, ImageError, RecipeError, clipped
@@ -65,6 +66,7 @@ def load_llava_dataset(
     name: str | None = None,
     split: str | None = None,
     reading: Reading = BY_COLUMNS,
+    duplicates: Duplicates | None = None,
 ) -> datasets.Dataset | datasets.IterableDataset:
     """Return the rows of LLaVA data as a dataset with the columns `id`, `messages` and `images`.
 
@@ -83,6 +85,7 @@ def load_llava_dataset(
         bad_rows: a list that receives the rows left out.
         name, split: which configuration and split of a Hub data set; by default its only one, and `train`.
         reading: in which shape rows are read and which of them, `Reading.of(format="vqa", filter={"relevance_min": ">=3"})`.
+        duplicates: what other sources have given; rows that repeat it, or each other, are left out. Not of a stream.
 
     Raises:
         DataError: no data file, malformed JSON (with its line), or rows that cannot be trained on (with number and id).
@@ -105,14 +108,34 @@ def load_llava_dataset(
     policy.enforce(bad, len(dataset) + len(bad), path)
     if bad_rows is not None:
         bad_rows.extend(bad)
+    if duplicates is not None:
+        dataset = duplicates.left_out_of(dataset, path)
     return dataset.with_transform(OpenImages(allow_urls)) if decode_images else dataset
 
 
 def load_recipe_rows(recipe: Any, bad_rows: list[BadRow] | None = None) -> Any:
     """Return the training rows a recipe names, `data.data_path` or the mixture of `data.sources`, pictures undecoded."""
     data = recipe.data
-    options: dict[str, Any] = {
-        "decode_images": False,
+    options = _recipe_options(data, bad_rows)
+    if data.sources:
+        sources = [dataclasses.asdict(source) for source in data.sources]
+        return load_sources(sources, seed=recipe.training.seed, decode_images=False, **options)
+    if data.data_path is None:
+        raise RecipeError(
+            "data.data_path: not set; name a LLaVA JSON file: data.data_path=rows.json data.image_folder=images"
+        )
+    source = {"path": data.data_path, "image_folder": data.image_folder, "name": data.name, "split": data.split}
+    return load_source(source, **options)
+
+
+def load_recipe_parts(recipe: Any) -> list[datasets.Dataset]:
+    """Return the rows of each source of a recipe's mixture by itself, before any is drawn."""
+    options = _recipe_options(recipe.data, None)
+    return [load_source(dataclasses.asdict(source), **options) for source in recipe.data.sources]
+
+
+def _recipe_options(data: Any, bad_rows: list[BadRow] | None) -> dict[str, Any]:
+    return {
         "streaming": data.streaming,
         "max_rows": data.max_rows,
         "allow_urls": data.allow_urls,
@@ -120,17 +143,9 @@ def load_recipe_rows(recipe: Any, bad_rows: list[BadRow] | None = None) -> Any:
         "on_bad_image": data.on_bad_image,
         "max_bad_fraction": data.max_bad_fraction,
         "bad_rows": bad_rows,
+        "duplicates": Duplicates(data.deduplicate) if data.deduplicate else None,
+        "reading_keys": {key: getattr(data, key) for key in READING_KEYS},
     }
-    reading_keys = {key: getattr(data, key) for key in READING_KEYS}
-    if data.sources:
-        sources = [dataclasses.asdict(source) for source in data.sources]
-        return load_sources(sources, seed=recipe.training.seed, reading_keys=reading_keys, **options)
-    if data.data_path is None:
-        raise RecipeError(
-            "data.data_path: not set; name a LLaVA JSON file: data.data_path=rows.json data.image_folder=images"
-        )
-    options |= {"name": data.name, "split": data.split, "reading": Reading.of(**reading_keys)}
-    return load_llava_dataset(data.data_path, data.image_folder, **options)
 
 
 def share_of_stream(stream: datasets.IterableDataset, rank: int, world_size: int) -> datasets.IterableDataset:
@@ -171,7 +186,7 @@ def load_sources(
                 f"data.sources[{number}]: found {dict(source)}; expected path, and optionally image_folder, name, split, "
                 f"{', '.join(READING_KEYS)}, and weight or num_rows."
             )
-    parts = [_load_source(source, streaming=streaming, **options) for source in sources]
+    parts = [load_source(source, streaming=streaming, **options) for source in sources]
     allow_urls = bool(options.get("allow_urls"))
     if streaming:
         stream = _mix_streams(parts, sources, seed)
@@ -193,7 +208,7 @@ def load_sources(
     return dataset.with_transform(OpenImages(allow_urls)) if decode_images else dataset
 
 
-def _load_source(
+def load_source(
     source: Mapping[str, Any], *, reading_keys: Mapping[str, Any] | None = None, **options: Any
 ) -> datasets.Dataset | datasets.IterableDataset:
     """Return the rows of one source of a mixture; what it does not say of how they are read, `reading_keys` says for all."""

@@ -98,6 +98,7 @@ class DataSection:
     columns: dict[str, Any] | None = None
     filter: dict[str, Any] | None = None
     boxes: dict[str, Any] | None = None
+    deduplicate: Literal["content", "looks"] | None = None
     streaming: bool = False
     max_rows: int | None = None
     on_bad_row: Literal["raise", "skip"] = "raise"
