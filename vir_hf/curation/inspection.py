@@ -211,6 +211,7 @@ def _shown_image(
 ) -> dict[str, str]:
     """Return an image as base64 and its label, with the boxes of texts drawn on it, or why it cannot be shown."""
     name = os.path.basename(image.get("path") or "embedded image") if isinstance(image, dict) else str(image)
+    place: Callable[[float, float], tuple[float, float]] | None
     try:
         original = open_image(image)
         size = original.size

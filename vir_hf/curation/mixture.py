@@ -71,8 +71,8 @@ def measure_part(name: str, rows: Any, processor: Any, max_length: int | None, s
         supervised += sum(label != IGNORE for label in encoded["labels"])
     if not measured:
         raise DataError(f"{name}: none of its rows can be trained on. See `vir-hf data check`.")
-    means = (value / measured for value in (images, tokens, supervised))
-    return Part(name, len(rows), measured, *means, drawn=len(rows))
+    per_row = (images / measured, tokens / measured, supervised / measured)
+    return Part(name, len(rows), measured, *per_row, drawn=len(rows))
 
 
 def mixed(parts: Sequence[Part], sources: Sequence[dict[str, Any]]) -> list[Part]:

@@ -32,7 +32,7 @@ def read_table(path: Path, sheet: str | None = None) -> list[dict[str, str]]:
 
 def _read_sheet(path: Path, sheet: str | None) -> list[dict[str, str]]:
     try:
-        import openpyxl
+        import openpyxl  # type: ignore[import-untyped,unused-ignore]
     except ImportError as error:
         raise RecipeError(
             f"{path}: Excel files are read by openpyxl, which is not installed. pip install 'vir-hf[excel]', or save the sheet "

@@ -108,7 +108,7 @@ def failed_by_quantities(
     conditions: tuple[Condition, ...],
     raw: Any,
     row: Mapping[str, Any],
-    read_size: Callable[[Mapping[str, Any]], tuple[int, int]],
+    read_size: Callable[[Any], tuple[int, int]],
 ) -> Condition | None:
     """Return the first condition on a quantity that a normal row does not fulfil.
 
@@ -124,7 +124,7 @@ def failed_by_quantities(
     return None
 
 
-def _quantity(name: str, row: Mapping[str, Any], read_size: Callable[[Mapping[str, Any]], tuple[int, int]]) -> Any:
+def _quantity(name: str, row: Mapping[str, Any], read_size: Callable[[Any], tuple[int, int]]) -> Any:
     if name == "num_images":
         return len(row["images"])
     if name == "num_turns":

@@ -171,7 +171,8 @@ def read_upright_size(source: str | os.PathLike[str] | bytes | dict[str, Any]) -
         image = _open(io.BytesIO(data), name)
         # Of EXIF's eight orientations, those that turn an image by a quarter.
         is_on_its_side = not is_upright(data) and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-    return image.size[:: -1 if is_on_its_side else 1]
+    width, height = image.size
+    return (height, width) if is_on_its_side else (width, height)
 
 
 def _open(file: BinaryIO, name: str) -> Image.Image:
