@@ -7,7 +7,7 @@ import dataclasses
 import io
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
@@ -211,14 +211,14 @@ def _shown_image(
 ) -> dict[str, str]:
     """Return an image as base64 and its label, with the boxes of texts drawn on it, or why it cannot be shown."""
     name = os.path.basename(image.get("path") or "embedded image") if isinstance(image, dict) else str(image)
-    place: Callable[[float, float], tuple[float, float]] | None
+    place: _Place | None
     try:
         original = open_image(image)
         size = original.size
         if preprocess is None:
             shown = original
             shown.thumbnail((600, 600))
-            place = _Scaling(size, shown.size)
+            place = _scaled(size, shown.size)
         else:
             shown = denormalise(preprocess(image), preprocess.image_processor)
             place = preprocess.place_in_view(size)
@@ -237,14 +237,11 @@ def shown_file(path: str | os.PathLike[str]) -> dict[str, str]:
     return _shown_image({"bytes": None, "path": os.fspath(path)}, None, (), None)
 
 
-class _Scaling(NamedTuple):
-    """Where a point of an image lies in a smaller picture of all of it."""
+_Place = Callable[[float, float], tuple[float, float]]  # where a point of an image lies in a view of it
 
-    before: tuple[int, int]
-    after: tuple[int, int]
 
-    def __call__(self, x: float, y: float) -> tuple[float, float]:
-        return x * self.after[0] / self.before[0], y * self.after[1] / self.before[1]
+def _scaled(before: tuple[int, int], after: tuple[int, int]) -> _Place:
+    return lambda x, y: (x * after[0] / before[0], y * after[1] / before[1])
 
 
 def draw_boxes(
@@ -252,7 +249,7 @@ def draw_boxes(
     texts: Sequence[str],
     form: BoxForm,
     size: tuple[int, int],
-    place: Callable[[float, float], tuple[float, float]] | None,
+    place: _Place | None,
 ) -> str:
     """Draw the boxes of texts on a view of an image, in place, and return words about how many were drawn.
 
