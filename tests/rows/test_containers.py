@@ -13,8 +13,8 @@ from PIL import Image
 
 from vir_hf.errors import DataError
 from vir_hf.rows.containers import split_member
-from vir_hf.rows.encoding import to_messages
 from vir_hf.rows.files import find_data_files, read_rows, split_rows
+from vir_hf.rows.messages import to_messages
 
 
 def png(size: tuple[int, int] = (8, 6)) -> bytes:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from vir_hf.errors import DataError
-from vir_hf.rows.encoding import row_problems, to_messages
+from vir_hf.rows.messages import row_problems, to_messages
 from vir_hf.rows.shapes import SHAPES, in_llava_form, shape_of, with_columns
 
 PNG = {"bytes": b"\x89PNG\r\n\x1a\n", "path": None}

@@ -34,16 +34,10 @@ from vir_hf.images.opening import (
     read_image_header,
     read_upright_size,
 )
-from vir_hf.rows.encoding import (
-    FATAL_KINDS,
-    IGNORE,
-    PROBLEM_KINDS,
-    encode_messages,
-    encode_row,
-    examine,
-)
+from vir_hf.rows.encoding import IGNORE, encode_messages, encode_row
 from vir_hf.rows.files import RowRange, find_data_files, image_root, read_rows, split_rows
 from vir_hf.rows.keys import unread_keys
+from vir_hf.rows.messages import FATAL_KINDS, PROBLEM_KINDS, examine
 from vir_hf.rows.shapes import in_llava_form, with_columns
 
 # Kind -> what to do. The kinds of conversations.py come first, then what only the whole data set shows.

@@ -40,6 +40,7 @@ _FIRST_ROWS = 16
 _BYTES_READ_AT_ONCE = 4 * 2**20
 _BYTES_MAPPED_AT_ONCE = 16 * 2**20
 _CODE = (
+    "rows/messages.py",
     "rows/encoding.py",
     "images/folder.py",
     "data/cache.py",
