@@ -298,6 +298,11 @@ WRITERS = {
     "model.projector_files": {"save_file": "into a temporary name of `files`"},
     "training.state": {"save_file": "into a temporary name of `files`"},
     "training.safeguards": {"torch.save": "into a temporary name of `files`"},
+    "images.unpacked": {
+        "mkdir": "the cache's own folder",
+        "open": "into a temporary name of `files`",
+        "shutil.copyfileobj": "into a temporary name of `files`",
+    },
     "data.cache": {"pa.OSFile": "into a temporary name of `files`", "mkdir": "the cache's own folder"},
     "training.checkpointing": {
         "torch.save": "into a checkpoint's staging folder",

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from vir_hf import files
 from vir_hf.commands.outputs import add_json, add_overwrite, data_inputs, recipe_inputs, refuse_outputs, write_json
+from vir_hf.commands.reading import add_reading, reading_of, recipe_reading
 from vir_hf.curation.terminal import printable
 from vir_hf.errors import RecipeError
 from vir_hf.recipe.load import RecipeArgumentParser, recipe_from
@@ -59,6 +60,7 @@ def main(argv: list[str]) -> int:
             decode=arguments.decode,
             allow_urls=target["allow_urls"],
             num_workers=arguments.num_workers,
+            reading=target["reading"],
             progress=progress,
         )
     report = without_kinds(report, arguments.ignore)
@@ -92,6 +94,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--ignore", action="append", default=[], metavar="KIND", help="do not report this kind; repeatable"
     )
+    add_reading(parser, with_boxes=True)
     add_json(parser, "the whole report")
     parser.add_argument("--html", metavar="FILE", help="write the report as one HTML page")
     parser.add_argument("--fix", metavar="OUT.json", help="write the sound rows, and OUT.dropped.json with the others")
@@ -133,6 +136,7 @@ def _target(arguments: argparse.Namespace) -> dict[str, Any]:
             "processor": processor,
             "max_length": arguments.max_length,
             "allow_urls": arguments.allow_urls,
+            "reading": reading_of(arguments),
             "batch_size": arguments.batch_size or 16,
         }
     from vir_hf.model.row_processor import load_recipe_processor
@@ -155,6 +159,7 @@ def _target(arguments: argparse.Namespace) -> dict[str, Any]:
         "processor": load_recipe_processor(recipe),
         "max_length": arguments.max_length or recipe.training.max_length,
         "allow_urls": arguments.allow_urls or recipe.data.allow_urls,
+        "reading": recipe_reading(recipe),
         "batch_size": arguments.batch_size or recipe.training.per_device_train_batch_size,
     }
 
@@ -181,6 +186,10 @@ def _print(report: CheckReport, console: Console) -> None:
 
     num_bad, num_refused = len(report.bad_rows), len(report.untrainable_rows)
     console.print(f"{report.num_rows:,} rows, {len(report.rows_per_image):,} distinct images, {report.seconds:.1f} s")
+    if report.seen.shapes:
+        console.print(Text(report.seen.shapes_line()), soft_wrap=True)
+    for condition, count in report.seen.filtered.most_common():
+        console.print(Text(printable(f"data.filter: {count:,} rows left out by {condition}")), soft_wrap=True)
     figures = statistics(report)
     if figures["row_lengths"]:
         lengths = figures["row_lengths"]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vir_hf.commands.answer import add_generation_arguments, generation_options
+from vir_hf.commands.reading import add_reading, reading_of
 from vir_hf.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--samples", type=int, default=6, metavar="N", help="rows shown in the card (6); 0 for none")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="questions computed together (8)")
     parser.add_argument("--device", default="auto", help="auto (the GPU if there is one), cpu, cuda, cuda:1 ...")
+    add_reading(parser)
     add_generation_arguments(parser)
     arguments = parser.parse_args(argv)
     for name in ("batch_size", "max_rows"):
@@ -85,7 +87,7 @@ def _evaluate(run: Path, arguments: argparse.Namespace) -> int:
     logging.disable_progress_bar()
     options = generation_options(arguments)
     data = Path(arguments.data)
-    rows = read_questions(data)[: arguments.max_rows]
+    rows = read_questions(data, reading_of(arguments))[: arguments.max_rows]
     if not rows:
         raise DataError(f"{data}: holds no rows, so there is nothing to measure.")
     was_trained_on = _is_trained_on(run, data)

@@ -341,6 +341,11 @@ def _check_training(recipe: Recipe) -> None:
 
 
 def _check_streaming(recipe: Recipe) -> None:
+    if recipe.data.streaming and recipe.data.deduplicate:
+        raise RecipeError(
+            "data.deduplicate: is set, but data.streaming is true, and a stream does not keep what it has read. Set one of the "
+            "two to null."
+        )
     if recipe.data.streaming and (not recipe.training.max_steps or recipe.training.max_steps < 1):
         raise RecipeError(
             "data.streaming: true, but training.max_steps is not set; a stream does not know its length. Set "

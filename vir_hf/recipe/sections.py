@@ -66,6 +66,11 @@ class SourceSection:
     weight: float | None = None
     num_rows: int | None = None
     name: str | None = None
+    split: str | None = None
+    format: str | None = None
+    columns: dict[str, Any] | None = None
+    filter: dict[str, Any] | None = None
+    boxes: dict[str, Any] | None = None
 
 
 @dataclass
@@ -78,6 +83,13 @@ class DataSection:
     eval_image_folder: str | None = None
     eval_fraction: float | None = None
     sources: list[SourceSection] | None = None
+    name: str | None = None
+    split: str | None = None
+    format: str | None = None
+    columns: dict[str, Any] | None = None
+    filter: dict[str, Any] | None = None
+    boxes: dict[str, Any] | None = None
+    deduplicate: Literal["content", "looks"] | None = None
     streaming: bool = False
     max_rows: int | None = None
     on_bad_row: Literal["raise", "skip"] = "raise"

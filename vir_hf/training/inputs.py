@@ -96,6 +96,8 @@ def evaluation_recipe(recipe: Recipe) -> Recipe:
     changed.data.data_path, changed.data.sources = recipe.data.eval_path, None
     changed.data.image_folder = recipe.data.eval_image_folder or recipe.data.image_folder
     changed.data.max_rows, changed.data.streaming = None, False
+    # What chooses among the training rows; how rows are written (format, columns, boxes) is the same for both.
+    changed.data.name = changed.data.split = changed.data.filter = changed.data.deduplicate = None
     return changed
 
 
