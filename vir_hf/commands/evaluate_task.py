@@ -1,0 +1,119 @@
+"""`vir-hf evaluate --task NAME`: a benchmark scored as its own code does, from stored answers or by asking a model."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vir_hf.commands.outputs import refuse_outputs, write_json
+from vir_hf.errors import RecipeError
+
+if TYPE_CHECKING:
+    from vir_hf.scores.judging import Item
+    from vir_hf.scores.tasks import Task
+    from vir_hf.using.results import Scored
+
+
+def add_task_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what belongs to `--task`."""
+    group = parser.add_argument_group("a benchmark (with --task)")
+    group.add_argument(
+        "--task", metavar="NAME", help="how answers are scored; `--task list` lists them with their variants"
+    )
+    group.add_argument(
+        "--variant", metavar="NAME", help="of public scorers that differ, which one; the official by default"
+    )
+    group.add_argument(
+        "--questions", metavar="FILE", help="the questions, where the labels lie in a file of their own (POPE, VQA)"
+    )
+    group.add_argument("--answers", metavar="FILE", help="score these answers, without a model")
+    group.add_argument(
+        "--missing-as-wrong",
+        action="store_true",
+        help="score questions without an answer as wrong, instead of refusing",
+    )
+    group.add_argument("--json", metavar="FILE", help="write the scores as JSON to FILE, or - for standard output")
+    group.add_argument(
+        "--output", metavar="DIR", help="write scores, a file of all questions and a gallery into this folder"
+    )
+    group.add_argument("--overwrite", action="store_true", help="replace the file of --json")
+
+
+def evaluate_task(arguments: argparse.Namespace) -> int:
+    """Score one benchmark; return the exit code.
+
+    Raises:
+        RecipeError: a wrong call.
+        DataError: files that cannot be read or do not line up.
+    """
+    from vir_hf.scores.tasks import TASKS, find_task
+
+    if arguments.task == "list":
+        for task in TASKS.values():
+            print(f"{task.name:<12}{', '.join(task.variants)}")
+        return 0
+    task = find_task(arguments.task)
+    task.scorer(arguments.variant)
+    if arguments.answers is None and arguments.model is None:
+        raise RecipeError("evaluate: name a model to ask, or a file of stored answers with --answers.")
+    if arguments.answers is not None and arguments.model is not None:
+        raise RecipeError("evaluate: --answers are scored without a model; leave one of the two out.")
+    inputs = [arguments.data, arguments.questions, arguments.answers]
+    refuse_outputs([("--json", arguments.json)], inputs, overwrite=arguments.overwrite)
+    if arguments.answers is None:
+        from vir_hf.commands.ask_task import ask_task
+
+        scored = ask_task(task, arguments)
+    else:
+        scored = score_stored(task, arguments)
+    report(scored, arguments)
+    return 0
+
+
+def labelled_items(task: Task, arguments: argparse.Namespace) -> tuple[list[Item], set[str]]:
+    """Return the questions with their right answers, and the ids of questions of other categories in the question file."""
+    from vir_hf.using.benchmarks import read_items
+    from vir_hf.using.stored_answers import asked_items
+
+    items = read_items(task, arguments.data)
+    if arguments.questions is None:
+        return items, set()
+    return asked_items(items, arguments.questions, arguments.data)
+
+
+def score_stored(task: Task, arguments: argparse.Namespace) -> Scored:
+    """Return the stored answers, brought together with their questions and judged."""
+    from vir_hf.using.results import Scored
+    from vir_hf.using.stored_answers import align, read_answers, with_rounds, without_others
+
+    items, others = labelled_items(task, arguments)
+    answers, num_others = without_others(with_rounds(read_answers(arguments.answers)), others)
+    aligned = align(
+        items,
+        answers,
+        names=(str(arguments.questions or arguments.data), str(arguments.answers)),
+        missing_is_wrong=arguments.missing_as_wrong,
+    )
+    aligned.counts["answers_of_other_categories"] = num_others
+    dataset = arguments.name or Path(arguments.data).stem
+    facts = {"data": str(arguments.data), "questions": arguments.questions, "answers": str(arguments.answers)}
+    return Scored.of(task, arguments.variant, aligned, dataset, **facts)
+
+
+def report(scored: Scored, arguments: argparse.Namespace) -> None:
+    """Write what was asked for and print the table."""
+    from vir_hf.files import OutputFolder
+    from vir_hf.using.results import document_of, table, write_all
+
+    document = document_of(scored)
+    write_json(arguments.json, document)
+    if arguments.output:
+        folder = arguments.image_folder or str(Path(arguments.data).resolve().parent)
+        write_all(OutputFolder(arguments.output), scored, folder)
+    stream: Any = sys.stderr if arguments.json == "-" else sys.stdout
+    print(f"{scored.task.name}, scored as {scored.variant}: {len(scored.aligned.items):,} questions", file=stream)
+    print(table([document]), file=stream)
+    for note in document["notes"]:
+        print(f"note: {note}", file=stream)
