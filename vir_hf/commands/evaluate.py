@@ -59,9 +59,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--device", default="auto", help="auto (the GPU if there is one), cpu, cuda, cuda:1 ...")
     add_generation_arguments(parser)
     add_task_arguments(parser)
+    parser.set_defaults(max_new_tokens=None)  # a task has its own
     arguments = parser.parse_args(argv)
     if arguments.task is not None and (arguments.data is not None or arguments.task == "list"):
         return evaluate_task(arguments)
+    arguments.max_new_tokens = 512 if arguments.max_new_tokens is None else arguments.max_new_tokens
     if arguments.model is None or arguments.data is None:
         raise RecipeError("evaluate: expected a run's output directory and --data ROWS, or --task NAME --data FILE.")
     for name in ("batch_size", "max_rows"):

@@ -34,6 +34,12 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="score questions without an answer as wrong, instead of refusing",
     )
+    group.add_argument("--prompt", metavar="TEXT", help="how questions are asked, with {question} in it; LLaVA's by default")
+    group.add_argument("--circular", action="store_true", help="ask multiple choice once for each rotation of the options")
+    group.add_argument("--no-blind", action="store_true", help="do not ask again with blank and with shuffled images")
+    group.add_argument("--num-processes", type=int, default=1, metavar="N", help="models asked at once (1); on CUDA a GPU each")
+    group.add_argument("--adapter", metavar="A", help="an adapter to put on the model: a folder or a Hub id")
+    group.add_argument("--load-in-4bit", action="store_true", help="NF4 weights, through bitsandbytes")
     group.add_argument("--json", metavar="FILE", help="write the scores as JSON to FILE, or - for standard output")
     group.add_argument(
         "--output", metavar="DIR", help="write scores, a file of all questions and a gallery into this folder"
@@ -63,9 +69,13 @@ def evaluate_task(arguments: argparse.Namespace) -> int:
     inputs = [arguments.data, arguments.questions, arguments.answers]
     refuse_outputs([("--json", arguments.json)], inputs, overwrite=arguments.overwrite)
     if arguments.answers is None:
-        from vir_hf.commands.ask_task import ask_task
+        from vir_hf.commands.ask_task import ask_task, write_card_scores
 
+        if arguments.max_new_tokens is None:
+            arguments.max_new_tokens = task.max_new_tokens
         scored = ask_task(task, arguments)
+        if (Path(arguments.model) / "recipe.yaml").is_file():
+            write_card_scores(scored, Path(arguments.model))
     else:
         scored = score_stored(task, arguments)
     report(scored, arguments)
@@ -117,3 +127,5 @@ def report(scored: Scored, arguments: argparse.Namespace) -> None:
     print(table([document]), file=stream)
     for note in document["notes"]:
         print(f"note: {note}", file=stream)
+    if arguments.output:
+        print(f"in {arguments.output}", file=stream)

@@ -189,6 +189,9 @@ def asked(task: Task, item: Item, prompt: str | None = None) -> str:
     lines.append(item.question)
     lines += [f"{letter}. {text}" for letter, text in zip(LETTERS, item.options, strict=False)]
     template = prompt if prompt is not None else task.prompt
+    instruction = template.partition("{question}")[2].strip()
+    if prompt is None and instruction and instruction in item.question:  # LLaVA's question files bring it with them
+        return item.question.replace("<image>", "").strip()
     return template.replace("{question}", "\n".join(line for line in lines if line))
 
 

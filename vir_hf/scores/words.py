@@ -19,7 +19,9 @@ _TOKEN = re.compile(
     | (?:{_ABBREVIATIONS})\.(?=\s|$|[a-z,])        # an abbreviation keeps its full stop
     | (?:[a-z]\.){{2,}}                             # u.s.
     | \d+(?:[.,:]\d+)+                              # 3.5, 1,000, 10:30
-    | \w+(?:[-&]\w+)*                               # words, with hyphens inside
+    | '\d\d\b                                       # a year
+    | [a-z]'[a-z]{{2,}}                             # o'clock, s'mores
+    | \w+(?:[-&/]\w+)*                              # words, with hyphens inside
     | \.{{3}} | -{{2,}} | \S
     """,
     re.VERBOSE,

@@ -20,6 +20,7 @@ from vir_hf.scores.tasks import BOX, CAPTION, LETTER, SHORT, UNANSWERABLE, Task
 from vir_hf.using.benchmark_files import KEY, is_missing, read_table
 from vir_hf.using.questions import question_messages, row_references
 
+ROW = "_row"  # the row of a conversation, which is asked as it stands
 _IDS = ("question_id", "questionId", "qid", "index", "id", KEY)
 _QUESTIONS = ("question", "query", "text", "prompt", "sent", "sentence", "ref")
 _IMAGES = ("image", "image_path", "imgname", "img_path", "image_name", "image_local_name", "file_name", "img", "images")
@@ -64,6 +65,8 @@ def item_of(task: Task, row: Mapping[str, Any], number: int) -> Item:
     for key, name in (("hint", "hint"), ("dataset_name", "dataset"), ("dataset", "dataset"), ("l2_category", "l2_category"), ("l2-category", "l2_category")):  # fmt: skip
         if not is_missing(row.get(key)):
             details[name] = str(row[key])
+    if row.get("conversations") is not None or row.get("messages") is not None:
+        details[ROW] = row
     options = _options(row) if task.name in _CHOICE_TASKS else ()
     references = _choice_reference(row, options) if task.name in _CHOICE_TASKS else _references(task, row)
     return Item(

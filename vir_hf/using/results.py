@@ -104,8 +104,9 @@ def question_lines(scored: Scored) -> list[dict[str, Any]]:
         for name, value in (("options", list(item.options)), ("category", item.category), ("group", item.group)):
             if value:
                 row[name] = value
-        if item.details:
-            row["details"] = dict(item.details)
+        details = {name: value for name, value in item.details.items() if not name.startswith("_")}
+        if details:
+            row["details"] = details
         if scored.aligned.cut and scored.aligned.cut[number]:
             row["is_cut"] = True
         for how, scores in blind.items():
