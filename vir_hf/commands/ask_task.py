@@ -61,7 +61,9 @@ def _check(arguments: argparse.Namespace) -> None:
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             raise RecipeError(f"evaluate: --{name.replace('_', '-')} {getattr(arguments, name)}; expected at least 1.")
     if arguments.temperature:
-        raise RecipeError("evaluate: --temperature draws answers by chance; a score needs the likeliest one, leave it out.")
+        raise RecipeError(
+            "evaluate: --temperature draws answers by chance; a score needs the likeliest one, leave it out."
+        )
 
 
 def plan_of(task: Task, items: list[Item], folder: str, arguments: argparse.Namespace) -> Plan:
@@ -91,7 +93,9 @@ def default_output(task: Task, arguments: argparse.Namespace) -> Path:
     name = arguments.name or Path(arguments.data).stem
     name = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in f"{task.name}-{name}")
     model = Path(arguments.model)
-    return model / EVALUATIONS / name if model.is_dir() else Path(EVALUATIONS) / model.as_posix().replace("/", "--") / name
+    return (
+        model / EVALUATIONS / name if model.is_dir() else Path(EVALUATIONS) / model.as_posix().replace("/", "--") / name
+    )
 
 
 def scored_of(

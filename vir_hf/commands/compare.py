@@ -30,7 +30,9 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("first", metavar="A", help="a run that was evaluated, or a folder of `evaluate --output`")
     parser.add_argument("second", metavar="B", help="another one")
-    parser.add_argument("--html", metavar="FILE", help="write the comparison, with answers side by side, as one HTML page")
+    parser.add_argument(
+        "--html", metavar="FILE", help="write the comparison, with answers side by side, as one HTML page"
+    )
     parser.add_argument("--image-folder", metavar="DIR", help="where the images of the questions lie, for the page")
     add_json(parser, "the comparison")
     add_overwrite(parser)
@@ -84,7 +86,10 @@ def _print(found: list[Any], changed: list[tuple[str, str, str]], stream: Any) -
         rows = [list(HEAD), *difference_rows(one)]
         widths = [max(len(row[column]) for row in rows) for column in range(len(HEAD))]
         for row in rows:
-            print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), file=stream)
+            print(
+                "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(),
+                file=stream,
+            )
         for note in one.notes:
             print(f"  note: {note}", file=stream)
     for key, first, second in changed:

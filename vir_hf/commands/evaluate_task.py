@@ -34,10 +34,16 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="score questions without an answer as wrong, instead of refusing",
     )
-    group.add_argument("--prompt", metavar="TEXT", help="how questions are asked, with {question} in it; LLaVA's by default")
-    group.add_argument("--circular", action="store_true", help="ask multiple choice once for each rotation of the options")
+    group.add_argument(
+        "--prompt", metavar="TEXT", help="how questions are asked, with {question} in it; LLaVA's by default"
+    )
+    group.add_argument(
+        "--circular", action="store_true", help="ask multiple choice once for each rotation of the options"
+    )
     group.add_argument("--no-blind", action="store_true", help="do not ask again with blank and with shuffled images")
-    group.add_argument("--num-processes", type=int, default=1, metavar="N", help="models asked at once (1); on CUDA a GPU each")
+    group.add_argument(
+        "--num-processes", type=int, default=1, metavar="N", help="models asked at once (1); on CUDA a GPU each"
+    )
     group.add_argument("--adapter", metavar="A", help="an adapter to put on the model: a folder or a Hub id")
     group.add_argument("--load-in-4bit", action="store_true", help="NF4 weights, through bitsandbytes")
     group.add_argument("--json", metavar="FILE", help="write the scores as JSON to FILE, or - for standard output")

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from vir_hf.curation.contamination import CONTAMINATION
 from vir_hf.data.located import text_problem
 from vir_hf.errors import DataError, ImageError, RecipeError, clipped, shown
 from vir_hf.images.folder import ImageFolder
@@ -38,6 +39,7 @@ from vir_hf.rows.keys import unread_keys
 # Kind -> what to do. The kinds of conversations.py come first, then what only the whole data set shows.
 REMEDIES = {
     **PROBLEM_KINDS,
+    **CONTAMINATION,
     "too_long": "Raise max_length, or shorten the row: whole turns are dropped from its end.",
     "duplicate_id": "Give every row an id of its own; training takes both rows.",
     "duplicate_row": "Drop one of the two: what is there twice is learned twice.",

@@ -94,7 +94,9 @@ def open_plan(folder: Path, plan: Plan) -> None:
         if changed:
             listed = ", ".join(f"{name} was {shown(there.get(name))}, is {shown(given[name])}" for name in changed)
             raise RecipeError(
-                clipped(f"{folder}: holds answers to another call: {listed}. Name another --output, or remove this folder.")
+                clipped(
+                    f"{folder}: holds answers to another call: {listed}. Name another --output, or remove this folder."
+                )
             )
         return
     if folder.exists() and any(folder.glob("answers-*.jsonl")):
@@ -151,7 +153,9 @@ def ask(
     for condition, answers in found.items():
         missing = [item.id for item in items if item.id not in answers]
         if missing:
-            raise RunError(f"{len(missing)} questions were not answered with {condition}, the first is {shown(missing[0])}.")
+            raise RunError(
+                f"{len(missing)} questions were not answered with {condition}, the first is {shown(missing[0])}."
+            )
     return found
 
 
@@ -193,9 +197,7 @@ def ask_part(
     there = {condition: answered(folder, condition) for condition in plan.conditions}
     with files.appending(path) as file:
         for condition, batch in work:
-            prompts = [
-                _encode(answerer, task, item, plan, images, condition, shuffled.get(item.id)) for item in batch
-            ]
+            prompts = [_encode(answerer, task, item, plan, images, condition, shuffled.get(item.id)) for item in batch]
             texts = answerer.answer_prompts_and_ends(prompts, **plan.generation)
             lines = [
                 json.dumps({"id": item.id, "condition": condition, "answer": text, "is_cut": not ended})

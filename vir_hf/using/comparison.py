@@ -77,7 +77,9 @@ def compare(first: str, second: str) -> list[Compared]:
 def _compared(name: str, one: Path, other: Path) -> Compared:
     about, against = (json.loads((folder / RESULTS).read_text(encoding="utf-8")) for folder in (one, other))
     if about["task"] != against["task"]:
-        raise DataError(f"{one} and {other}: are of the tasks {about['task']} and {against['task']}, which do not compare.")
+        raise DataError(
+            f"{one} and {other}: are of the tasks {about['task']} and {against['task']}, which do not compare."
+        )
     task = find_task(about["task"])
     first, second = (read_scored(folder / QUESTIONS, task, about["variant"], name) for folder in (one, other))
     _check_same(first, second, (one, other))
@@ -117,9 +119,7 @@ def recipe_differences(first: str, second: str) -> list[tuple[str, str, str]]:
         return []
     ours, theirs = (dict(_flat(read_yaml(recipe))) for recipe in recipes)
     keys = [*ours, *(key for key in theirs if key not in ours)]
-    return [
-        (key, shown(ours.get(key)), shown(theirs.get(key))) for key in keys if ours.get(key) != theirs.get(key)
-    ]
+    return [(key, shown(ours.get(key)), shown(theirs.get(key))) for key in keys if ours.get(key) != theirs.get(key)]
 
 
 def _flat(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
@@ -152,7 +152,8 @@ def curves(first: str, second: str, names: tuple[str, str]) -> list[dict[str, An
     charts = []
     for key in _CURVES:
         lines = [
-            [(float(entry["step"]), float(entry[key])) for entry in history if _has(entry, key)] for history in histories
+            [(float(entry["step"]), float(entry[key])) for entry in history if _has(entry, key)]
+            for history in histories
         ]
         if any(len(line) > 1 for line in lines):
             charts.append(curve_chart(key, dict(zip(names, lines, strict=True))))
