@@ -305,6 +305,10 @@ class Answerer:
         output: torch.Tensor = self.model.generate(**inputs, streamer=streamer, stopping_criteria=limits, **options)
         return output
 
+    def pixels(self, images: Sequence[ImageSource]) -> torch.Tensor:
+        """Return `(num_images, 3, height, width)` as the vision tower takes them."""
+        return torch.stack([self._preprocess(image) for image in images]).to(self._pixel_dtype())
+
     def _pixel_dtype(self) -> torch.dtype:
         tower = self.model.get_submodule(_tower_name(self.model))
         return next(parameter.dtype for parameter in tower.parameters() if parameter.is_floating_point())

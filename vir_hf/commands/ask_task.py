@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vir_hf.commands.answer import generation_options
 from vir_hf.commands.evaluate_task import labelled_items
-from vir_hf.errors import RecipeError
+from vir_hf.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
     from vir_hf.scores.judging import Item
@@ -133,6 +133,44 @@ def scored_of(
         answers = [found[condition][item.id][0] for item in items]
         scored.blind[condition] = judge(task, items, answers, arguments.variant)
     return scored
+
+
+def measure_loss(arguments: argparse.Namespace) -> Scored:
+    """Return the loss of LLaVA rows, with and without their images."""
+    from vir_hf.inference import Answerer
+    from vir_hf.rows.files import find_data_files, read_rows
+    from vir_hf.scores.judging import Item
+    from vir_hf.scores.losses import judged_losses
+    from vir_hf.scores.tasks import LOSS_TASK
+    from vir_hf.using.asking import BLANK
+    from vir_hf.using.benchmarks import row_image, row_question_text
+    from vir_hf.using.held_out_loss import row_losses
+    from vir_hf.using.questions import row_references
+    from vir_hf.using.results import Scored
+    from vir_hf.using.stored_answers import Aligned
+
+    _check(arguments)
+    rows = [row for file in find_data_files(arguments.data) for _, row in read_rows(file)][: arguments.max_rows]
+    if not rows:
+        raise DataError(f"{arguments.data}: holds no rows, so there is nothing to measure.")
+    folder = arguments.image_folder or str(Path(arguments.data).resolve().parent)
+    arguments.image_folder = folder
+    arguments.output = arguments.output or str(default_output(LOSS_TASK, arguments))
+    answerer = Answerer.load(
+        str(arguments.model), adapter=arguments.adapter, load_in_4bit=arguments.load_in_4bit, device=arguments.device
+    )
+    with _bar(len(rows) * (1 if arguments.no_blind else 2)) as bar:
+        seen = judged_losses(row_losses(answerer, rows, folder, progress=bar.update))
+        blind = {}
+        if not arguments.no_blind:
+            blind[BLANK] = judged_losses(row_losses(answerer, rows, folder, blank=True, progress=bar.update))
+    items = [
+        Item(str(row.get("id", number)), row_question_text(row), tuple(row_references(row)), row_image(row))
+        for number, row in enumerate(rows)
+    ]
+    aligned = Aligned(items, [item.references[-1] for item in items], {"questions": len(items)})
+    facts = {"model": str(arguments.model), "data": str(arguments.data)}
+    return Scored(LOSS_TASK, "row by row", aligned, seen, arguments.name or Path(arguments.data).stem, blind, facts)
 
 
 def _bar(total: int) -> Any:

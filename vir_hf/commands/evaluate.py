@@ -89,9 +89,9 @@ def _evaluate(run: Path, arguments: argparse.Namespace) -> int:
     from transformers.utils import logging
 
     from vir_hf.inference import Answerer
+    from vir_hf.scores.matching import NORMALISATION
     from vir_hf.using import evaluation
     from vir_hf.using.questions import read_questions
-    from vir_hf.scores.matching import NORMALISATION
 
     logging.disable_progress_bar()
     options = generation_options(arguments)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from vir_hf.commands.outputs import refuse_outputs, write_json
 from vir_hf.errors import RecipeError
 
+LOSS = "loss"
+
 if TYPE_CHECKING:
     from vir_hf.scores.judging import Item
     from vir_hf.scores.tasks import Task
@@ -65,7 +67,10 @@ def evaluate_task(arguments: argparse.Namespace) -> int:
     if arguments.task == "list":
         for task in TASKS.values():
             print(f"{task.name:<12}{', '.join(task.variants)}")
+        print(f"{LOSS:<12}of LLaVA rows, asks a model")
         return 0
+    if arguments.task == LOSS:
+        return _evaluate_loss(arguments)
     task = find_task(arguments.task)
     task.scorer(arguments.variant)
     if arguments.answers is None and arguments.model is None:
@@ -85,6 +90,18 @@ def evaluate_task(arguments: argparse.Namespace) -> int:
     else:
         scored = score_stored(task, arguments)
     report(scored, arguments)
+    return 0
+
+
+def _evaluate_loss(arguments: argparse.Namespace) -> int:
+    if arguments.model is None or arguments.answers or arguments.questions or arguments.variant:
+        raise RecipeError(
+            "evaluate: --task loss takes a model and --data, without --answers, --questions and --variant."
+        )
+    refuse_outputs([("--json", arguments.json)], [arguments.data], overwrite=arguments.overwrite)
+    from vir_hf.commands.ask_task import measure_loss
+
+    report(measure_loss(arguments), arguments)
     return 0
 
 

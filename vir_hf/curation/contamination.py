@@ -24,7 +24,7 @@ TEST_IMAGE, TEST_IMAGE_ALIKE, TEST_QUESTION = "test_image", "test_image_alike", 
 CONTAMINATION = {
     TEST_IMAGE: "The image is one of the test's, byte for byte: leave the row out (--fix does), or the test measures memory.",
     TEST_IMAGE_ALIKE: "The image looks like one of the test's, saved again or resized: leave the row out (--fix does).",
-    TEST_QUESTION: "The question is one of the test's, a long one but for a word: see whether its image or answer is the test's too.",
+    TEST_QUESTION: "The question is one of the test's, a long one but for a word: see whether its answer is the test's too.",
 }
 _FEWEST_WORDS = 5  # shorter questions are asked of every image
 _FEWEST_TO_DIFFER = 10  # "Is there a dog in the image?" is not "Is there a cat in the image?"

@@ -27,7 +27,8 @@ def dropped_path(out: str | os.PathLike[str]) -> Path:
 def write_sound_rows(report: CheckReport, out: str | os.PathLike[str]) -> tuple[int, int]:
     """Write the rows without an error as they were, and return how many were kept and dropped.
 
-    The second of two equal rows is dropped too, and what shows an image of the test that was checked against; of rows that merely share an id, the later ones get a new id. Other
+    The second of two equal rows is dropped too, and what shows an image of the test that was checked against; of rows
+    that merely share an id, the later ones get a new id. Other
     warnings are about rows that can be trained on, which stay. The two files appear when they are complete.
 
     Raises:

@@ -53,7 +53,7 @@ def grounding(scale: float = 1.0) -> Scorer:
             right = [box for box in map(read_box, item.references) if box]
             if not right:
                 raise DataError(
-                    f"question {shown(item.id)}: found {shown(list(item.references))}, expected a box: [left, top, right, bottom]."
+                    f"question {shown(item.id)}: found {shown(list(item.references))}, expected a box: left, top, right, bottom."
                 )
             given = None if is_empty(answer) else read_box(answer)
             no_box += given is None and not is_empty(answer)

@@ -12,7 +12,7 @@ What cannot be read is wrong, and counted. Circular accuracy counts a question i
 options, as MMBench does.
 
 Sources: MMBench's evaluator as kept in lmms-eval, tasks/mmbench/mmbench_evals.py; VLMEvalKit, utils/matching_util.py and
-dataset/utils/multiple_choice.py (without a judge unparsed is a miss); LLaVA, eval_science_qa.py; lmms-eval, tasks/mmstar/utils.py.
+dataset/utils/multiple_choice.py (without a judge unparsed is a miss); LLaVA, eval_science_qa.py; lmms-eval, mmstar/utils.py.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """How far a score could be from what more questions would give, and whether two runs differ by more than chance.
 
-Both draw units (questions, images, groups of rotations) and never single rows of one, with a fixed seed: the same answers give the
-same figures.
+Both draw units (questions, images, groups of rotations) and never single rows of one, with a fixed seed: the same answers give
+the same figures.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ def intervals(judged: Judged, *, num_draws: int = NUM_DRAWS, seed: int = 0) -> d
     Source: Efron, Tibshirani: An Introduction to the Bootstrap, 1993, section 13.3.
     """
     drawn: dict[str, list[np.ndarray]] = {}
-    for sums in _resampled([judged.statistics], num_draws, seed):
+    for sums in _resampled([judged.statistics[_order(judged.statistics)]], num_draws, seed):
         for name, values in judged.metrics(sums[0]).items():
             drawn.setdefault(name, []).append(values)
     tail = 100 * (1 - _CONFIDENCE) / 2
@@ -33,6 +34,11 @@ def intervals(judged: Judged, *, num_draws: int = NUM_DRAWS, seed: int = 0) -> d
         name: tuple(float(value) for value in np.percentile(np.concatenate(values), [tail, 100 - tail]))  # type: ignore[misc]
         for name, values in drawn.items()
     }
+
+
+def _order(*tables: np.ndarray) -> np.ndarray:
+    """Return an order of units that does not depend on the one they came in, so that the draws do not either."""
+    return np.lexsort(np.concatenate(tables, axis=1).T)
 
 
 def _resampled(tables: list[np.ndarray], num_draws: int, seed: int) -> Iterator[list[np.ndarray]]:
@@ -86,6 +92,8 @@ def differences(
     """
     if first.statistics.shape != second.statistics.shape:
         raise ValueError(f"found {len(first.statistics)} and {len(second.statistics)} units; expected the same ones.")
+    order = _order(first.statistics, second.statistics)
+    first, second = (dataclasses.replace(one, statistics=one.statistics[order]) for one in (first, second))
     values, others = first.values(), second.values()
     drawn: dict[str, list[np.ndarray]] = {}
     for one, other in _resampled([first.statistics, second.statistics], num_draws, seed):

@@ -1,4 +1,4 @@
-"""The tasks of `vir-hf evaluate --task`: for each its scorers by name, the official one first, and the prompt it is asked with."""
+"""The tasks of `vir-hf evaluate --task`: for each its scorers by name, the official one first, and its prompt."""
 
 from __future__ import annotations
 
@@ -170,6 +170,9 @@ TASKS = {
         ),
     )
 }
+
+
+LOSS_TASK = Task("loss", {}, "{question}", 0, "loss")  # not scored from answers, but measured on a model
 
 
 def find_task(name: str) -> Task:

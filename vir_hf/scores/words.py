@@ -12,7 +12,10 @@ import re
 _LEFT_OUT = frozenset({"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"})
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 _QUOTES = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": "--", "\u2014": "--"})
-_ABBREVIATIONS = "mr|mrs|ms|dr|st|jr|sr|prof|gen|rep|sen|gov|lt|col|sgt|capt|rev|hon|mt|ft|inc|co|corp|ltd|etc|vs|no|e\\.g|i\\.e|a\\.m|p\\.m"
+_ABBREVIATIONS = (
+    r"mr|mrs|ms|dr|st|jr|sr|prof|gen|rep|sen|gov|lt|col|sgt|capt|rev|hon|mt|ft|inc|co|corp|ltd|etc|vs|no"
+    r"|e\.g|i\.e|a\.m|p\.m"
+)
 _TOKEN = re.compile(
     rf"""
     n't\b | '(?:s|m|d|ll|re|ve)\b
@@ -20,7 +23,7 @@ _TOKEN = re.compile(
     | (?:[a-z]\.){{2,}}                             # u.s.
     | \d+(?:[.,:]\d+)+                              # 3.5, 1,000, 10:30
     | '\d\d\b                                       # a year
-    | [a-z]'[a-z]{{2,}}                             # o'clock, s'mores
+    | [a-z]'[a-z]{{2,}}(?:[-&/]\w+)*               # o'clock, s'mores
     | \w+(?:[-&/]\w+)*                              # words, with hyphens inside
     | \.{{3}} | -{{2,}} | \S
     """,

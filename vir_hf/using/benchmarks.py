@@ -62,7 +62,13 @@ def item_of(task: Task, row: Mapping[str, Any], number: int) -> Item:
         DataError: no question where there has to be one, or no right answer.
     """
     details: dict[str, Any] = {}
-    for key, name in (("hint", "hint"), ("dataset_name", "dataset"), ("dataset", "dataset"), ("l2_category", "l2_category"), ("l2-category", "l2_category")):  # fmt: skip
+    for key, name in (
+        ("hint", "hint"),
+        ("dataset_name", "dataset"),
+        ("dataset", "dataset"),
+        ("l2_category", "l2_category"),
+        ("l2-category", "l2_category"),
+    ):
         if not is_missing(row.get(key)):
             details[name] = str(row[key])
     if row.get("conversations") is not None or row.get("messages") is not None:

@@ -14,7 +14,7 @@ from vir_hf.curation.pages import Chart, Label, Line, render
 from vir_hf.errors import DataError, RecipeError, clipped, shown
 from vir_hf.recipe.files import read_yaml
 from vir_hf.scores.intervals import Difference, differences
-from vir_hf.scores.tasks import find_task
+from vir_hf.scores.tasks import LOSS_TASK, find_task
 from vir_hf.training.checkpoints import list_checkpoints, read_metrics
 from vir_hf.using.gallery import side_by_side
 from vir_hf.using.results import QUESTIONS, RESULTS, Scored, read_scored
@@ -80,14 +80,10 @@ def _compared(name: str, one: Path, other: Path) -> Compared:
         raise DataError(
             f"{one} and {other}: are of the tasks {about['task']} and {against['task']}, which do not compare."
         )
-    task = find_task(about["task"])
+    task = LOSS_TASK if about["task"] == LOSS_TASK.name else find_task(about["task"])
     first, second = (read_scored(folder / QUESTIONS, task, about["variant"], name) for folder in (one, other))
     _check_same(first, second, (one, other))
-    places = {item.id: number for number, item in enumerate(second.aligned.items)}
-    order = [places[item.id] for item in first.aligned.items]
-    second.aligned.items = [second.aligned.items[number] for number in order]
-    second.aligned.answers = [second.aligned.answers[number] for number in order]
-    second = Scored.of(task, about["variant"], second.aligned, name)
+    second = second.in_order_of(first)
     notes = []
     if against["variant"] != about["variant"]:
         notes.append(f"the second was scored as {against['variant']}; both are scored as {about['variant']} here")
@@ -178,12 +174,14 @@ def curve_chart(title: str, lines: Mapping[str, Sequence[tuple[float, float]]]) 
 
     chart = Chart(title, 400, 150)
     chart.lines.append(Line("axis", left, right, bottom, bottom))
-    chart.labels += [
-        Label(left - 5, bottom, f"{low:.3g}", "end"),
-        Label(left - 5, top + 8, f"{high:.3g}", "end"),
-        Label(left, bottom + 16, f"step {low_x:g}"),
-        Label(right, bottom + 16, f"{high_x:g}", "end"),
-    ]
+    chart.labels.extend(
+        [
+            Label(left - 5, bottom, f"{low:.3g}", "end"),
+            Label(left - 5, top + 8, f"{high:.3g}", "end"),
+            Label(left, bottom + 16, f"step {low_x:g}"),
+            Label(right, bottom + 16, f"{high_x:g}", "end"),
+        ]
+    )
     paths = [
         {"name": name, "colour": colour, "points": " ".join(place(x, y) for x, y in line)}
         for (name, line), colour in zip(lines.items(), _COLOURS, strict=False)

@@ -18,6 +18,7 @@ from vir_hf.scores.judging import Item
 from vir_hf.scores.matching import is_empty
 from vir_hf.using.results import Scored, document_of
 
+_DEGREES = (("Wrong", "bad", -1.0, 0.0), ("Partly right", "odd", 0.0, 0.999), ("Right", "good", 0.999, 2.0))
 _PER_KIND = 12
 _MOST_CATEGORIES = 16
 _SIDE = 320  # pixels
@@ -44,7 +45,11 @@ def kinds_of(scored: Scored) -> list[Kind]:
     found = [Kind("Empty", "bad", empty), Kind("Cut by the greatest length", "odd", [row for row in rows if cut[row]])]
     found.append(Kind("Read as none of the possible answers", "bad", unread))
     taken = {*empty, *unread}
-    for title, tone, low, high in (("Wrong", "bad", -1.0, 0.0), ("Partly right", "odd", 0.0, 0.999), ("Right", "good", 0.999, 2.0)):  # fmt: skip
+    for title, tone, low, high in (
+        ("Wrong", "bad", -1.0, 0.0),
+        ("Partly right", "odd", 0.0, 0.999),
+        ("Right", "good", 0.999, 2.0),
+    ):
         these = [row for row in rows if low < judged.scores[row] <= high and row not in taken]
         found += _by_category(title, tone, these, scored.aligned.items)
     return [kind for kind in found if kind.rows]

@@ -1,4 +1,4 @@
-"""What an evaluation leaves: scores with their intervals, one line for each question, and a gallery of right and wrong answers."""
+"""What an evaluation leaves: scores with their intervals, one line for each question, and a gallery of answers."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vir_hf import files
+import numpy as np
+
 from vir_hf.errors import DataError
 from vir_hf.files import OutputFolder
 from vir_hf.rows.files import read_rows
 from vir_hf.scores.intervals import intervals
 from vir_hf.scores.judging import Item, Judged
+from vir_hf.scores.losses import judged_losses
 from vir_hf.scores.matching import is_empty
-from vir_hf.scores.tasks import Task, judge
+from vir_hf.scores.tasks import LOSS_TASK, Task, judge
 from vir_hf.using.stored_answers import Aligned, notes_of
 
 RESULTS = "results.json"
@@ -30,7 +32,6 @@ class Scored:
 
     Attributes:
         dataset: what the card calls the data.
-        how: under what condition they were given, such as `blank images`; empty for none.
         blind: the same questions answered without their images, by condition.
         facts: what else the results file says: the model, the files, the prompt, the generation.
     """
@@ -48,6 +49,17 @@ class Scored:
         """Return the answers judged by one of the task's scorers, by default the official one."""
         judged = judge(task, aligned.items, aligned.answers, variant)
         return cls(task, variant or task.default, aligned, judged, dataset, facts=facts)
+
+    def in_order_of(self, other: Scored) -> Scored:
+        """Return the same with its questions in another one's order; both have the same."""
+        places = {item.id: number for number, item in enumerate(self.aligned.items)}
+        order = [places[item.id] for item in other.aligned.items]
+        items = [self.aligned.items[number] for number in order]
+        answers = [self.aligned.answers[number] for number in order]
+        aligned = Aligned(items, answers, self.aligned.counts, self.aligned.notes)
+        if self.task is LOSS_TASK:
+            return Scored(self.task, self.variant, aligned, judged_losses(self.judged.statistics[order]), self.dataset)
+        return Scored.of(self.task, self.variant, aligned, self.dataset)
 
 
 def results_of(scored: Scored) -> list[dict[str, Any]]:
@@ -109,13 +121,15 @@ def question_lines(scored: Scored) -> list[dict[str, Any]]:
             row["details"] = details
         if scored.aligned.cut and scored.aligned.cut[number]:
             row["is_cut"] = True
+        if scored.task is LOSS_TASK:
+            row["statistics"] = scored.judged.statistics[number].tolist()
         for how, scores in blind.items():
             row.setdefault("blind", {})[how] = scores[number]
         rows.append(row)
     return rows
 
 
-def write_all(folder: OutputFolder, scored: Scored, image_folder: str | None, prefix: str = "") -> None:
+def write_all(output: OutputFolder, scored: Scored, image_folder: str | None, prefix: str = "") -> None:
     """Write scores, questions and gallery into a folder.
 
     Args:
@@ -123,10 +137,10 @@ def write_all(folder: OutputFolder, scored: Scored, image_folder: str | None, pr
     """
     from vir_hf.using.gallery import gallery_page
 
-    folder.write_json(prefix + RESULTS, document_of(scored), indent=1)
+    output.write_json(prefix + RESULTS, document_of(scored), indent=1)
     lines = "".join(json.dumps(row, ensure_ascii=True) + "\n" for row in question_lines(scored))
-    folder.write_text(prefix + QUESTIONS, lines)
-    folder.write_text(prefix + GALLERY, gallery_page(scored, image_folder))
+    output.write_text(prefix + QUESTIONS, lines)
+    output.write_text(prefix + GALLERY, gallery_page(scored, image_folder))
 
 
 def read_scored(place: str | os.PathLike[str], task: Task, variant: str, dataset: str) -> Scored:
@@ -136,14 +150,17 @@ def read_scored(place: str | os.PathLike[str], task: Task, variant: str, dataset
         DataError: the file is missing or not one of ours.
     """
     path = Path(place)
-    items, answers, cut = [], [], []
+    items, answers, cut, statistics = [], [], [], []
     for number, (_, row) in enumerate(read_rows(os.fspath(path))):
         if not isinstance(row, Mapping) or not {"id", "references", "answer"} <= set(row):
             raise DataError(f"{path} row {number}: is no line of an evaluation; expected id, references and answer.")
         items.append(_item(row))
         answers.append(str(row["answer"]))
         cut.append(bool(row.get("is_cut")))
+        statistics.append(row.get("statistics"))
     aligned = Aligned(items, answers, {"questions": len(items), "answers": len(items)}, cut=cut)
+    if task is LOSS_TASK:
+        return Scored(task, variant, aligned, judged_losses(np.array(statistics, dtype=float)), dataset)
     return Scored.of(task, variant, aligned, dataset)
 
 
@@ -180,8 +197,3 @@ def _number(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.4f}" if abs(value) < 10 else f"{value:.1f}"
-
-
-def write_report(name: str, document: dict[str, Any]) -> None:
-    """Write one results document to a file, whole or not at all."""
-    files.write_text(name, files.as_report(document, indent=1, ensure_ascii=True))

@@ -168,8 +168,8 @@ def _match_without_ids(items: Sequence[Item], answers: list[Answer]) -> tuple[di
     """Go by order, as POPE's own script does, where the number is the same; prompts are compared by the caller."""
     if len(items) != len(answers):
         raise DataError(
-            f"the answers have no ids and there are {len(answers):,} of them to {len(items):,} questions; expected as many, in the "
-            "same order, or a question_id in each."
+            f"the answers have no ids and there are {len(answers):,} of them to {len(items):,} questions; expected as many, in "
+            "the same order, or a question_id in each."
         )
     return {item.id: answer for item, answer in zip(items, answers, strict=True)}, [], []
 
