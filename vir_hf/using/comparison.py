@@ -76,6 +76,8 @@ def compare(first: str, second: str) -> list[Compared]:
 
 def _compared(name: str, one: Path, other: Path) -> Compared:
     about, against = (json.loads((folder / RESULTS).read_text(encoding="utf-8")) for folder in (one, other))
+    if name == one.name != other.name:  # two folders of one evaluation each, called as the user liked
+        name = f"{about['task']}, {about['results'][0]['dataset']}"
     if about["task"] != against["task"]:
         raise DataError(
             f"{one} and {other}: are of the tasks {about['task']} and {against['task']}, which do not compare."

@@ -121,7 +121,7 @@ def align(
     _refuse(items, found, counts, duplicates, strangers, names, missing_is_wrong)
     texts = [found[item.id].text if item.id in found else "" for item in items]
     cut = [item.id in found and found[item.id].is_cut for item in items]
-    return Aligned(list(items), texts, counts, notes_of(counts), cut)
+    return Aligned(list(items), texts, counts, cut=cut)
 
 
 def notes_of(counts: dict[str, int]) -> list[str]:
