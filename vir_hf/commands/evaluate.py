@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vir_hf.commands.answer import add_generation_arguments, generation_options
-from vir_hf.commands.evaluate_task import add_task_arguments, evaluate_task
-from vir_hf.errors import DataError, RecipeError
+from vir_hf.commands.evaluate_task import add_task_arguments, evaluate_task, evaluate_with_harness
+from vir_hf.errors import DataError, RecipeError, RunError
 
 if TYPE_CHECKING:
     from vir_hf.inference import Answerer
@@ -34,7 +34,15 @@ from them.
 
 
 def main(argv: list[str]) -> int:
-    """Evaluate; return the exit code: 0 done, 2 a wrong call or data that cannot be asked."""
+    """Evaluate; return the exit code: 0 done, 1 it could not go on, 2 a wrong call or data that cannot be asked."""
+    try:
+        return _main(argv)
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="vir-hf evaluate",
         description="Measure a run on held-out rows.",
@@ -61,6 +69,8 @@ def main(argv: list[str]) -> int:
     add_task_arguments(parser)
     parser.set_defaults(max_new_tokens=None)  # a task has its own
     arguments = parser.parse_args(argv)
+    if arguments.harness is not None:
+        return evaluate_with_harness(arguments)
     if arguments.task is not None and (arguments.data is not None or arguments.task == "list"):
         return evaluate_task(arguments)
     arguments.max_new_tokens = 512 if arguments.max_new_tokens is None else arguments.max_new_tokens

@@ -48,6 +48,8 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--adapter", metavar="A", help="an adapter to put on the model: a folder or a Hub id")
     group.add_argument("--load-in-4bit", action="store_true", help="NF4 weights, through bitsandbytes")
+    group.add_argument("--harness", choices=["lmms-eval"], help="let it run --task, one of its own (comma for several)")
+    group.add_argument("--include-path", metavar="DIR", help="with --harness: a folder of tasks of your own")
     group.add_argument("--json", metavar="FILE", help="write the scores as JSON to FILE, or - for standard output")
     group.add_argument(
         "--output", metavar="DIR", help="write scores, a file of all questions and a gallery into this folder"
@@ -90,6 +92,41 @@ def evaluate_task(arguments: argparse.Namespace) -> int:
     else:
         scored = score_stored(task, arguments)
     report(scored, arguments)
+    return 0
+
+
+def evaluate_with_harness(arguments: argparse.Namespace) -> int:
+    """Let lmms-eval ask the model its own tasks, and keep the scores.
+
+    Raises:
+        RecipeError: a wrong call, or lmms-eval is not installed.
+        RunError: it gave no scores.
+    """
+    if arguments.model is None or not arguments.task:
+        raise RecipeError("evaluate: --harness lmms-eval takes a model and --task, the names of its tasks.")
+    refuse_outputs([("--json", arguments.json)], [], overwrite=arguments.overwrite)
+    from vir_hf.using import evaluation
+    from vir_hf.using.harness import HARNESS, run_harness
+
+    run = Path(arguments.model)
+    output = Path(arguments.output or (run / "evaluations" if run.is_dir() else Path("evaluations")) / HARNESS)
+    given = {"adapter": arguments.adapter, "load_in_4bit": arguments.load_in_4bit, "device": arguments.device}
+    results = run_harness(
+        str(arguments.model),
+        arguments.task.split(","),
+        output,
+        model_arguments={name: value for name, value in given.items() if value},
+        batch_size=arguments.batch_size,
+        limit=arguments.max_rows,
+        include_path=arguments.include_path,
+    )
+    write_json(arguments.json, {"harness": HARNESS, "model": str(arguments.model), "results": results})
+    if (run / "recipe.yaml").is_file():
+        evaluation.check_results(run)
+        evaluation.write_results(run, results)
+    for row in results:
+        print(f"{row['dataset']:<24}{row['metric']:<28}{row['value']:.4f}   {row['num_rows']} questions")
+    print(f"in {output}")
     return 0
 
 
