@@ -14,6 +14,7 @@ https://github.com/open-compass/VLMEvalKit, vqa_eval.py.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 
@@ -45,6 +46,7 @@ CONTRACTIONS = {
 } | {"somebody'd": "somebodyd"}
 
 
+@functools.lru_cache(maxsize=2**16)
 def without_punctuation(text: str) -> str:
     """Return the text with each mark of punctuation left out, if it stands beside a space, or else replaced by one."""
     leaves_gaps = _NUMBER_COMMA.search(text) is None
@@ -55,6 +57,7 @@ def without_punctuation(text: str) -> str:
     return _PERIOD.sub("", result, count=32)  # upstream gives re.UNICODE, which is 32, where the count stands
 
 
+@functools.lru_cache(maxsize=2**16)
 def plain_words(text: str) -> str:
     """Return the text in lower case, with digits for number words, without articles, contractions with their apostrophe."""
     words = [_NUMBERS.get(word, word) for word in text.lower().split()]
