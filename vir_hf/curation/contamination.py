@@ -16,8 +16,8 @@ from vir_hf.images.folder import ImageFolder
 from vir_hf.images.identity import picture_identity
 from vir_hf.images.likeness import look_alike, near_pairs, perceptual_hash, small_copy
 from vir_hf.images.opening import decode_image, read_image_bytes
-from vir_hf.rows.encoding import examine
 from vir_hf.rows.files import find_data_files, read_rows
+from vir_hf.rows.messages import examine
 from vir_hf.scores.matching import normalised
 
 TEST_IMAGE, TEST_IMAGE_ALIKE, TEST_QUESTION = "test_image", "test_image_alike", "test_question"
