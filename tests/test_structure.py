@@ -295,6 +295,7 @@ WRITERS = {
     },
     "budget.changes": {"save": "a recipe into a temporary folder"},
     "using.evaluation": {"save": "a picture into a temporary name of `files`"},
+    "using.gallery": {"save": "a picture into memory"},
     "model.projector_files": {"save_file": "into a temporary name of `files`"},
     "training.state": {"save_file": "into a temporary name of `files`"},
     "training.safeguards": {"torch.save": "into a temporary name of `files`"},
