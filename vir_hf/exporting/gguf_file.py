@@ -65,10 +65,7 @@ class GgufFile:
             kept: its type; by default fp32 for vectors and the file's own for matrices, or f16 where rows are no whole blocks.
         """
         types = self.gguf.GGMLQuantizationType
-        wanted = kept or (self.quantization if len(shape) > 1 else "f32")
-        block, _ = self.gguf.GGML_QUANT_SIZES[types[wanted.upper()]]
-        if shape[-1] % block:
-            wanted = "f16"
+        wanted = kept or (kept_as(self.quantization, shape[-1]) if len(shape) > 1 else "f32")
         self._tensors.append((name, types[wanted.upper()], read))
         itemsize = {"f32": 4, "f16": 2}.get(wanted)
         if itemsize:
@@ -104,6 +101,13 @@ class GgufFile:
             raise RecipeError(f"--to gguf: {name} holds values that f16 cannot; use --type bf16 or f32.")
         array: np.ndarray = self.gguf.quants.quantize(wide.numpy(), kept)
         return array
+
+
+def kept_as(quantization: str, row: int) -> str:
+    """Return the type of a matrix whose rows have `row` values: f16 where they are no whole blocks of the wanted one."""
+    gguf = gguf_package()
+    block, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[quantization.upper()]]
+    return "f16" if row % block else quantization
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

@@ -58,7 +58,7 @@ def identify(checkpoint: str) -> Findings:
     folder = Path(checkpoint)
     if not folder.is_dir():
         raise RecipeError(
-            f"doctor: {checkpoint} is no folder. Expected a checkpoint, or a recipe: experiment=NAME data.data_path=ROWS.json. One "
+            f"doctor: {checkpoint} is no folder. Expected a checkpoint, or a recipe: experiment=NAME data.data_path=FILE. One "
             f"on the Hub is fetched by `hf download {checkpoint} --local-dir DIR`."
         )
     layout = layout_of_folder(folder)

@@ -295,7 +295,8 @@ def _from_tensors(model_class: Any, config: Any, tensors: dict[str, torch.Tensor
     config.dtype = first.dtype
     shapeless = model_class.from_config if hasattr(model_class, "from_config") else model_class._from_config
     with torch.device("meta"):
-        expected = {name: value.shape for name, value in shapeless(config).state_dict().items()}
+        empty = shapeless(config)
+    expected = {name: value.shape for name, value in empty.state_dict().items()}
     tied = {"lm_head.weight"} if getattr(config, "tie_word_embeddings", False) else set()
     missing = [name for name in expected if name not in tensors and name not in tied]
     unknown = [name for name in tensors if name not in expected]
@@ -304,7 +305,7 @@ def _from_tensors(model_class: Any, config: Any, tensors: dict[str, torch.Tensor
         kinds = (("missing", missing), ("without a place", unknown), ("of another shape", wrong))
         found = "; ".join(f"{len(names)} {kind} ({names[0]})" for kind, names in kinds if names)
         raise RecipeError(f"{source.folder}: its weights do not fit its config.json: {found}. Fetch both again.")
-    model: PreTrainedModel = model_class.from_pretrained(None, config=config, state_dict=tensors, dtype=first.dtype)
+    model: PreTrainedModel = type(empty).from_pretrained(None, config=config, state_dict=tensors, dtype=first.dtype)
     return model
 
 
@@ -379,6 +380,6 @@ def _image_processor(place: str, source: Source) -> Any:
         return AutoImageProcessor.from_pretrained(place)
     except (OSError, ValueError) as error:
         raise RecipeError(
-            f"{place}: has no image processor (preprocessor_config.json), so nothing says how {source.folder.name} sees an image. "
+            f"{place}: has no image processor (preprocessor_config.json), so nothing says how an image is seen. "
             "Name the tower's own folder or Hub id with --vision-tower."
         ) from error

@@ -39,22 +39,21 @@ def turns_of(tokenizer: Any, chat_template: str) -> Turns:
     after_answer = rendered("user", "assistant").partition(_ANSWER)[2]
     again = rendered("user", "assistant", "user", prompt=True)
     first, _, rest = again.partition(_USER)
-    after_user, _, rest = rest.partition(_ANSWER)
-    between, _, after_second = rest.partition(_USER)
+    between = rest.partition(_ANSWER)[2].partition(_USER)[0]
+    after_user = rest.rpartition(_USER)[2]
     before_user = between.removeprefix(after_answer)
-    start, _, default_system = first.removesuffix(before_user), "", ""
+    start = first.removesuffix(before_user)
     before_system = after_system = ""
     try:
         with_system = rendered("system", "user", prompt=True)
     except Exception:  # a tokenizer's own template may refuse a system prompt in any way
         with_system = ""
     if _SYSTEM in with_system:
-        before_system, _, rest = with_system.partition(_SYSTEM)
-        after_system = rest.partition(_USER)[0].removesuffix(before_user)
-        default_system = start.removeprefix(before_system).removesuffix(after_system)
+        before_system, _, tail = with_system.partition(_SYSTEM)
+        after_system = tail.partition(_USER)[0].removesuffix(before_user)
+    default_system = start.removeprefix(before_system).removesuffix(after_system)
     turns = Turns(before_system, after_system, before_user, after_user, after_answer, default_system)
-    whole = _written(turns, default_system)
-    if not between.startswith(after_answer) or after_second != after_user or whole != again:
+    if not between or _written(turns, default_system) != again:
         raise RecipeError(
             "the chat template writes a second turn otherwise than a first one, which ollama's templates cannot."
         )
@@ -63,7 +62,9 @@ def turns_of(tokenizer: Any, chat_template: str) -> Turns:
 
 def _written(turns: Turns, system: str) -> str:
     lead = turns.before_system + system + turns.after_system if system else ""
-    one = turns.before_user + _USER + turns.after_user + _ANSWER + turns.after_answer
+    # A model writes the space before its answer itself, so the answer that is sent back begins with it.
+    space = " " if turns.after_user.endswith(":") else ""
+    one = turns.before_user + _USER + turns.after_user + space + _ANSWER + turns.after_answer
     return lead + one + turns.before_user + _USER + turns.after_user
 
 
@@ -77,12 +78,9 @@ def modelfile(tokenizer: Any, chat_template: str, language_model: str, mmproj: s
     Raises:
         RecipeError: as `turns_of`.
     """
-    turns = turns_of(tokenizer, chat_template)
-    system = (
-        f"{{{{ if .System }}}}{turns.before_system}{{{{ .System }}}}{turns.after_system}{{{{ end }}}}"
-        if turns.after_system or turns.before_system or turns.default_system
-        else ""
-    )
+    turns, system = turns_of(tokenizer, chat_template), ""
+    if turns.before_system or turns.after_system:
+        system = f"{{{{ if .System }}}}{turns.before_system}{{{{ .System }}}}{turns.after_system}{{{{ end }}}}"
     template = f"{system}{turns.before_user}{{{{ .Prompt }}}}{turns.after_user}{{{{ .Response }}}}{turns.after_answer}"
     lines = [f"FROM ./{language_model}", f"FROM ./{mmproj}", f'TEMPLATE """{template}"""']
     if turns.default_system:

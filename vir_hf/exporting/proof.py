@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,17 +100,19 @@ def expected_of(
     square: bool = False,
     num_parameters: int = 0,
     dtype: torch.dtype = torch.float32,
+    prepare: Callable[[Any], Any] | None = None,
 ) -> Expected:
     """Return what a run answers about given or built-in images.
 
     Args:
-        square: built-in images that are squares, for a reader that makes squares in another way.
+        square: ask about squares, for a reader that makes squares in another way: given images are padded to them.
         num_parameters, dtype: of the model; a large one is compared in its own dtype.
+        prepare: changes the loaded model, and returns it.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     chosen = dtype if num_parameters > _LARGE else torch.float32
     model, processor = load_run(run, dtype=chosen, device=device, base=base, revision=revision)
-    answerer = Answerer(model, processor)
+    answerer = Answerer(model if prepare is None else prepare(model), processor)
     expected = Expected(str(chosen).removeprefix("torch."), device)
     opened = [(name, open_image(name)) for name in images] or [
         (f"built-in image {number + 1}", image) for number, image in enumerate(built_in_images(square=square))
@@ -118,10 +120,18 @@ def expected_of(
     for name, image in opened:
         turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
         expected.prompts.append(processor.apply_chat_template(turns, add_generation_prompt=True))
+        image = _square(image, processor.image_processor.image_mean) if square else image
         expected.images.append(image)
         expected.names.append(name)
         _answer(answerer, image, expected)
     return expected
+
+
+def _square(image: Image.Image, mean: Sequence[float]) -> Image.Image:
+    edge = max(image.size)
+    square = Image.new("RGB", (edge, edge), tuple(int(value * 255) for value in mean))
+    square.paste(image, ((edge - image.width) // 2, (edge - image.height) // 2))
+    return square
 
 
 @torch.no_grad()

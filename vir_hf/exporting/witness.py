@@ -174,11 +174,16 @@ class Gguf(Original):
 
     def __init__(self, folder: Path, job: dict[str, Any]) -> None:
         from gguf import GGUFReader, dequantize
-        from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
+        from transformers import AutoConfig, CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
         self.device, dtype = job["device"], getattr(torch, job["dtype"])
         self.image_token_id = job["image_token_id"]
-        self.model = AutoModelForCausalLM.from_pretrained(str(folder), gguf_file=job["language_model"], dtype=dtype)
+        config = AutoConfig.from_pretrained(str(folder), gguf_file=job["language_model"])
+        keys = {name: field.contents() for name, field in GGUFReader(folder / job["language_model"]).fields.items()}
+        config.head_dim = keys[f"{keys['general.architecture']}.attention.key_length"]  # which is not read for Qwen3
+        self.model = AutoModelForCausalLM.from_pretrained(
+            str(folder), gguf_file=job["language_model"], config=config, dtype=dtype
+        )
         self.model = self.model.to(self.device).eval()
         reader = GGUFReader(folder / job["mmproj"])
         self.keys = {name: field.contents() for name, field in reader.fields.items()}
