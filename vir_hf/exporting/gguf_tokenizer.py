@@ -109,7 +109,7 @@ def cut_of(state: dict[str, Any]) -> str:
         elif kind == "ByteLevel" and not part.get("add_prefix_space") and number == len(steps) - 1:
             words.append("ByteLevel" if part.get("use_regex", True) else "bytes")
         else:
-            words.append(f"{kind}")
+            words.append(f"{kind} with other settings")
     normalizer = (state.get("normalizer") or {}).get("type")
     name = _CUTS.get(tuple(words))
     # llama.cpp leaves a text as it is: composed letters (NFC) are what nearly every text holds already.
