@@ -18,6 +18,8 @@ DOORS = {
     "datasets": {"data.sources", "data.cache"},
     "trl": {"training.trainer"},
     "peft": {
+        "exporting.importing",
+        "exporting.witness",
         "model.adapters",
         "kernels.fused_lora",
         "model.build",
@@ -295,6 +297,19 @@ WRITERS = {
     "budget.changes": {"save": "a recipe into a temporary folder"},
     "using.evaluation": {"save": "a picture into a temporary name of `files`"},
     "model.projector_files": {"save_file": "into a temporary name of `files`"},
+    "exporting.adapter": {"save_pretrained": "into a staging folder of `files`"},
+    "exporting.importing": {"save_pretrained": "into a staging folder of `files`"},
+    "exporting.original": {"save_pretrained": "into a staging folder of `files`", "mkdir": "in it"},
+    "exporting.plain": {"save_pretrained": "into a staging folder of `files`"},
+    "exporting.proof": {"save_file": "into a temporary folder"},
+    "exporting.tensors": {
+        "save_file": "into a staging folder of `files`",
+        "os.replace": "between two names in it",
+    },
+    "exporting.witness": {
+        "save_file": "into the temporary folder of the process that asked",
+        "write_text": "the same; it knows nothing of this project",
+    },
     "training.resume": {"save_file": "into a temporary name of `files`"},
     "training.safeguards": {"torch.save": "into a temporary name of `files`"},
     "data.cache": {"pa.OSFile": "into a temporary name of `files`", "mkdir": "the cache's own folder"},

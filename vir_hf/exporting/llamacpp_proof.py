@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 
 from vir_hf.exporting.gguf_file import gguf_package, kept_as
 from vir_hf.exporting.llamacpp import language_model_file, mmproj_file
@@ -63,7 +62,7 @@ def prove_gguf(request: Request, folder: Path, notes: list[str]) -> list[Proof]:
 
 def rounded(model: Any, quantization: str) -> Any:
     """Return a run's model with its adapter merged and the language model's matrices rounded as a GGUF keeps them."""
-    if isinstance(model, PeftModel):
+    if hasattr(model, "merge_and_unload"):  # PEFT's
         model = merge_adapter(model)
     gguf = gguf_package()
     tied = model.lm_head.weight is model.get_input_embeddings().weight
