@@ -16,7 +16,7 @@ PACKAGE = ROOT / "vir_hf"
 # Modules that import a heavy library, anywhere in their source; annotations alone do not count.
 DOORS = {
     "datasets": {"data.sources", "data.cache"},
-    "trl": {"training.trainer"},
+    "trl": {"training.arguments", "training.step"},
     "peft": {
         "exporting.importing",
         "exporting.witness",
@@ -24,7 +24,7 @@ DOORS = {
         "kernels.fused_lora",
         "model.build",
         "model.merging",
-        "training.resume",
+        "training.state",
         "model.trainable",
     },
     "gradio": set(),  # spaces/app.py, which `commands.demo` loads as a file
@@ -310,10 +310,10 @@ WRITERS = {
         "save_file": "into the temporary folder of the process that asked",
         "write_text": "the same; it knows nothing of this project",
     },
-    "training.resume": {"save_file": "into a temporary name of `files`"},
+    "training.state": {"save_file": "into a temporary name of `files`"},
     "training.safeguards": {"torch.save": "into a temporary name of `files`"},
     "data.cache": {"pa.OSFile": "into a temporary name of `files`", "mkdir": "the cache's own folder"},
-    "training.trainer": {
+    "training.checkpointing": {
         "torch.save": "into a checkpoint's staging folder",
         "save": "a recipe, which `files` writes",
     },

@@ -54,8 +54,7 @@ def rope_of(text: dict[str, Any]) -> dict[str, Any]:
 def context_length(text: dict[str, Any]) -> int:
     """Return how many tokens fit: no more than a sliding window, which llama.cpp's architecture does not have."""
     length, window = int(text["max_position_embeddings"]), text.get("sliding_window")
-    uses_window = window and text.get("use_sliding_window", True)
-    return min(length, int(window)) if uses_window else length
+    return min(length, int(window)) if window and text.get("use_sliding_window", True) else length
 
 
 def write_language_model(plain: Plain, path: Path, quantization: str) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -74,7 +75,7 @@ def stored_tensors(folder: Path, stem: str = "") -> StoredTensors:
 def _safetensors(path: Path) -> dict[str, Callable[[], torch.Tensor]]:
     try:
         opened = safe_open(path, framework="pt")
-        return {name: lambda name=name: opened.get_tensor(name) for name in opened.keys()}  # type: ignore[misc]
+        return {name: partial(opened.get_tensor, name) for name in opened.keys()}
     except (SafetensorError, OSError) as error:
         raise RecipeError(f"{path}: a weights file is damaged ({error}). Fetch or make it again.") from error
 
@@ -94,7 +95,8 @@ def _pickled(path: Path) -> dict[str, Callable[[], torch.Tensor]]:
         raise RecipeError(f"{path}: a weights file is damaged ({error}). Fetch or make it again.") from error
     if not isinstance(state, dict):
         raise RecipeError(f"{path}: holds a {type(state).__name__}, expected a dictionary of tensors.")
-    return {str(name): lambda value=value: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    tensors = {str(name): value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    return {name: partial(tensors.__getitem__, name) for name in tensors}
 
 
 def write_tensors(
@@ -126,7 +128,7 @@ def write_tensors(
     if len(parts) == 1:
         os.replace(folder / "part-0", folder / SAFE_WEIGHTS_NAME)
         return
-    index = {}
+    index: dict[str, str] = {}
     for number, names in enumerate(parts):
         shard = f"model-{number + 1:05d}-of-{len(parts):05d}.safetensors"
         os.replace(folder / f"part-{number}", folder / shard)
