@@ -33,8 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Return 0 if everything looked at is well, 1 if batches differ from single rows."""
     parser = RecipeArgumentParser(
         prog="vir-hf doctor",
-        description="Show what this machine has. With a CHECKPOINT also say what it is, which tools open it as it stands and which "
-        "export makes the others do so. With a recipe (experiment=NAME data.data_path=...) also prove, on its model, "
+        description="Show what this machine has. With a CHECKPOINT also say what it is, which tools open it as it stands and "
+        "which export makes the others do so. With a recipe (experiment=NAME data.data_path=...) also prove, on its model, "
         "processor and rows in fp32, that padding-free batches with shared prefixes have the loss and the gradients of the "
         "rows one at a time.",
     )
