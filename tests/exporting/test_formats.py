@@ -22,7 +22,7 @@ from vir_hf.exporting.formats import export_run
 from vir_hf.exporting.plain import Plain
 from vir_hf.exporting.proof import Expected, compare
 from vir_hf.exporting.request import Request
-from vir_hf.model.build import load_run
+from vir_hf.model.for_use import load_run
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,8 @@ from vir_hf.exporting.formats import export_run
 from vir_hf.exporting.importing import import_checkpoint
 from vir_hf.exporting.request import Request
 from vir_hf.exporting.tensors import stored_tensors
-from vir_hf.model.build import build, load_run
+from vir_hf.model.build import build
+from vir_hf.model.for_use import load_run
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ from pathlib import Path
 from vir_hf import files
 from vir_hf.llava.portable import make_portable
 from vir_hf.model.adapters import BASE_FOLDER, base_of
-from vir_hf.model.build import load_processor, processor_place
 from vir_hf.model.fingerprint import check_fingerprint
-from vir_hf.publishing.hub import copy_published, lead_to_base, name_base
+from vir_hf.model.for_use import load_processor, processor_place
+from vir_hf.publishing.repository import copy_published, lead_to_base, name_base
 
 
 def write_adapter(adapter: Path, folder: Path, place: Path, base: str | None = None) -> None:

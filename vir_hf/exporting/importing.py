@@ -20,9 +20,11 @@ from vir_hf.exporting.layouts import LANGUAGE_MODEL, PROJECTOR, VISION_TOWER, Mo
 from vir_hf.exporting.original import TOWER_FOLDER
 from vir_hf.exporting.plain import saved_dtype
 from vir_hf.exporting.tensors import StoredTensors, stored_tensors
-from vir_hf.model.build import VISION_TOWERS, build, load_run
+from vir_hf.model.build import build
 from vir_hf.model.configs import WHOLE_MODEL_TYPES, check_vision_tower, read_config
+from vir_hf.model.for_use import load_run
 from vir_hf.model.foreign import NON_LORA_FILE, ORIGINAL_MODEL_TYPES, PROJECTOR_FILE, layout_of_folder, read_fields
+from vir_hf.model.parts import VISION_TOWERS
 from vir_hf.model.projector_files import put_projector
 from vir_hf.rows.templates import is_ours
 

@@ -13,7 +13,7 @@ from vir_hf.exporting.llamacpp import language_model_file, mmproj_file
 from vir_hf.exporting.proof import QUESTION, Expected, Proof, expected_of, prove
 from vir_hf.exporting.request import Request
 from vir_hf.model.adapters import adapter_folder, base_of
-from vir_hf.model.build import load_processor, processor_place
+from vir_hf.model.for_use import load_processor, processor_place
 from vir_hf.model.merging import merge_adapter
 from vir_hf.rows.templates import adds_bos
 

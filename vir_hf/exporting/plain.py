@@ -17,8 +17,8 @@ from vir_hf.exporting.tensors import StoredTensors, stored_tensors
 from vir_hf.llava.configuration_llava import NATIVE_PROJECTOR_TYPE
 from vir_hf.llava.processing_llava import LlavaProcessor
 from vir_hf.model.adapters import adapter_folder
-from vir_hf.model.build import load_processor, load_run
 from vir_hf.model.configs import read_config
+from vir_hf.model.for_use import load_processor, load_run
 from vir_hf.model.foreign import read_fields
 from vir_hf.model.merging import merge_run
 

@@ -21,7 +21,7 @@ from vir_hf import files
 from vir_hf.errors import RecipeError
 from vir_hf.images.opening import open_image
 from vir_hf.inference import Answerer, Question
-from vir_hf.model.build import load_run
+from vir_hf.model.for_use import load_run
 
 WITNESS = Path(__file__).with_name("witness.py")
 NUM_TOKENS = 12
