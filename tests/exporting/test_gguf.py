@@ -25,7 +25,7 @@ from transformers import (
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from vir_hf.errors import RecipeError
-from vir_hf.exporting import gguf_language, gguf_tokenizer
+from vir_hf.exporting import gguf_language, gguf_tokenizer, proof, witness
 from vir_hf.exporting.formats import export_run
 from vir_hf.exporting.gguf_file import read_gguf
 from vir_hf.exporting.gguf_vision import check_vision, how_squares_differ, mmproj_tensors
@@ -323,6 +323,22 @@ def test_the_modelfile_says_what_the_chat_template_writes(tmp_path: Path) -> Non
     )
     with pytest.raises(RecipeError, match="a second turn otherwise than a first one"):
         modelfile(tokenizer, chat_template_for("llama_2", tokenizer), "m", "p", [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", ["f32", "f16", "q8_0"])
+@pytest.mark.parametrize("family", [*FAMILIES, "with siglip"])
+def test_llama_cpp_answers_as_the_run_does(
+    family: str, quantization: str, models_of: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("llama_cpp")
+    monkeypatch.setattr(
+        proof, "_run_witness", lambda job, reader: witness.main(json.loads(job.read_text(encoding="utf-8")))
+    )
+    request = Request(run=str(models_of[family]), to="gguf", quantization=quantization, accepts_padding=True)
+    read_back, asked = export_run(request, tmp_path / "out").proofs
+    assert asked.reader == "llama.cpp" and asked.num_images == 3
+    assert asked.difference < (0.02 if quantization == "f32" else 0.1) and read_back.difference < 0.1
 
 
 def test_without_the_package_it_says_how_to_install_it(

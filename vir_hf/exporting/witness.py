@@ -88,9 +88,9 @@ class Stock:
         output = self.model.generate(**inputs, max_new_tokens=num_tokens, do_sample=False)
         return [int(token) for token in output[0, inputs["input_ids"].shape[1] :]]
 
-    def decode(self, answer: list[int]) -> str:
+    def decode(self: Any, answer: list[int]) -> Any:
         """The text of an answer."""
-        return str(self.tokenizer.decode(answer, skip_special_tokens=True))
+        return self.tokenizer.decode(answer, skip_special_tokens=True)
 
 
 class Original:
@@ -139,12 +139,13 @@ class Original:
         """Not comparable: an image is one place here, and as many tokens as it has patches elsewhere."""
         return []
 
+    def _features(self, hidden: Any) -> torch.Tensor:
+        features: torch.Tensor = hidden[self.fields["mm_vision_select_layer"]]
+        return features[:, 1:] if self.fields["mm_vision_select_feature"] == "patch" else features
+
     def _embeddings(self, inputs: dict[str, Any], answer_ids: list[int]) -> torch.Tensor:
         hidden = self.tower(inputs["pixels"], output_hidden_states=True).hidden_states
-        features = hidden[self.fields["mm_vision_select_layer"]]
-        if self.fields["mm_vision_select_feature"] == "patch":
-            features = features[:, 1:]
-        image = self.projector(features)[0]
+        image = self.projector(self._features(hidden))[0]
         embed = self.model.get_input_embeddings()
         before, after = (torch.tensor(ids, dtype=torch.long, device=self.device) for ids in inputs["pieces"])
         answer = torch.tensor(answer_ids, dtype=torch.long, device=self.device)
@@ -164,9 +165,7 @@ class Original:
         )
         return [int(token) for token in output[0]]
 
-    def decode(self, answer: list[int]) -> str:
-        """The text of an answer."""
-        return str(self.tokenizer.decode(answer, skip_special_tokens=True))
+    decode = Stock.decode
 
 
 class Gguf(Original):
@@ -187,30 +186,18 @@ class Gguf(Original):
         self.model = self.model.to(self.device).eval()
         reader = GGUFReader(folder / job["mmproj"])
         self.keys = {name: field.contents() for name, field in reader.fields.items()}
-        state = {
-            tensor.name: torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()).reshape(
-                tuple(int(size) for size in reversed(tensor.shape))
-            )
-            for tensor in reader.tensors
-        }
+        state = {}
+        for tensor in reader.tensors:
+            value = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
+            state[tensor.name] = value.reshape([int(size) for size in reversed(tensor.shape)])
         is_clip = "v.class_embd" in state
         gelu = "gelu_pytorch_tanh" if self.keys["clip.use_gelu"] else "quick_gelu"
-        words = {
-            "hidden_size": "embedding_length",
-            "intermediate_size": "feed_forward_length",
-            "num_hidden_layers": "block_count",
-            "num_attention_heads": "attention.head_count",
-            "image_size": "image_size",
-            "patch_size": "patch_size",
-            "layer_norm_eps": "attention.layer_norm_epsilon",
-        }
-        values = {name: self.keys[f"clip.vision.{key}"] for name, key in words.items()}
+        values = {name: self.keys[f"clip.vision.{key}"] for name, key in _SIZES.items()}
         values["hidden_act"] = "silu" if self.keys["clip.use_silu"] else gelu
         config = CLIPVisionConfig(**values) if is_clip else SiglipVisionConfig(**values, vision_use_head=False)
         tower: Any = CLIPVisionModel(config) if is_clip else SiglipVisionModel(config)
-        tower.load_state_dict(
-            {_in_tower(name): value for name, value in state.items() if name.startswith("v.")}, strict=False
-        )
+        named = {_in_tower(name): value for name, value in state.items() if name.startswith("v.")}
+        tower.load_state_dict(named, strict=False)
         self.tower, self.is_clip = tower.to(self.device, dtype).eval(), is_clip
         named = {key.removeprefix("mm."): value for key, value in state.items() if key.startswith("mm.")}
         self.projector = _sequential(named, approximate="tanh").to(self.device, dtype)
@@ -225,36 +212,40 @@ class Gguf(Original):
         start, end = prompt.index(self.image_token_id), len(prompt) - prompt[::-1].index(self.image_token_id)
         return {"pieces": [prompt[:start], prompt[end:]], "pixels": pixels.to(self.device, self.tower.dtype)}
 
-    def _embeddings(self, inputs: dict[str, Any], answer_ids: list[int]) -> torch.Tensor:
-        hidden = self.tower(inputs["pixels"], output_hidden_states=True).hidden_states
+    def _features(self, hidden: Any) -> torch.Tensor:
         features = torch.cat([hidden[layer] for layer in self.keys["clip.vision.feature_layer"]], dim=-1)
-        image = self.projector(features[:, 1:] if self.is_clip else features)[0]
-        embed = self.model.get_input_embeddings()
-        before, after = (torch.tensor(ids, dtype=torch.long, device=self.device) for ids in inputs["pieces"])
-        answer = torch.tensor(answer_ids, dtype=torch.long, device=self.device)
-        return torch.cat([embed(before), image, embed(after), embed(answer)])[None]
+        return features[:, 1:] if self.is_clip else features
 
     def decode(self, answer: list[int]) -> Any:
         """No text: transformers makes another tokenizer of a GGUF than llama.cpp, so only logits are compared."""
         return None
 
 
+_SIZES = {
+    "hidden_size": "embedding_length", "intermediate_size": "feed_forward_length", "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count", "image_size": "image_size", "patch_size": "patch_size",
+    "layer_norm_eps": "attention.layer_norm_epsilon",
+}  # fmt: skip
+_WHOLE = {
+    "v.class_embd": "embeddings.class_embedding",
+    "v.patch_embd": "embeddings.patch_embedding",
+    "v.position_embd": "embeddings.position_embedding",
+    "v.pre_ln": "pre_layrnorm",
+}
+_PARTS = {f"attn_{letter}": f"self_attn.{letter}_proj" for letter in "qkv"} | {
+    "attn_out": "self_attn.out_proj", "ln1": "layer_norm1", "ln2": "layer_norm2", "ffn_up": "mlp.fc1", "ffn_down": "mlp.fc2",
+}  # fmt: skip
+
+
 def _in_tower(name: str) -> str:
     """clip.cpp's name of a tensor as transformers' vision models have it."""
-    whole = {
-        "v.class_embd": "embeddings.class_embedding",
-        "v.patch_embd.weight": "embeddings.patch_embedding.weight",
-        "v.patch_embd.bias": "embeddings.patch_embedding.bias",
-        "v.position_embd.weight": "embeddings.position_embedding.weight",
-        "v.pre_ln.weight": "pre_layrnorm.weight",
-        "v.pre_ln.bias": "pre_layrnorm.bias",
-    }
-    if name in whole:
-        return whole[name]
-    _, _, number, word, kind = name.split(".")
-    attention = {f"attn_{letter}": f"self_attn.{letter}_proj" for letter in "qkv"} | {"attn_out": "self_attn.out_proj"}
-    rest = {"ln1": "layer_norm1", "ln2": "layer_norm2", "ffn_up": "mlp.fc1", "ffn_down": "mlp.fc2"}
-    return f"encoder.layers.{number}.{(attention | rest)[word]}.{kind}"
+    if name in _WHOLE:
+        return _WHOLE[name]
+    head, _, kind = name.rpartition(".")
+    if head in _WHOLE:
+        return f"{_WHOLE[head]}.{kind}"
+    _, _, number, word = head.split(".")
+    return f"encoder.layers.{number}.{_PARTS[word]}.{kind}"
 
 
 class LlamaCpp:
@@ -282,8 +273,7 @@ class LlamaCpp:
         text = self.mtmd.mtmd_input_text()
         encoded = prompt.encode()
         text.text, text.add_special, text.parse_special = encoded, True, True
-        if hasattr(text, "text_len"):
-            text.text_len = len(encoded)
+        text.text_len = len(encoded)
         data = image.tobytes()
         buffer = (ctypes.c_uint8 * len(data)).from_buffer_copy(data)
         bitmap = self.mtmd.mtmd_bitmap_init(image.width, image.height, buffer)
