@@ -44,6 +44,8 @@ COMMANDS = {
     "evaluate": Command("vir_hf.commands.evaluate", "measure a run on held-out rows, before and after tuning"),
     "compare": Command("vir_hf.commands.compare", "two runs: recipes, curves, scores with significance, answers"),
     "merge": Command("vir_hf.commands.merge", "write adapter and projector into a plain checkpoint"),
+    "export": Command("vir_hf.commands.export", "write a run in another tool's format, proven by opening it"),
+    "import": Command("vir_hf.commands.importing", "open a checkpoint of another project, every tensor accounted for"),
     "push": Command("vir_hf.commands.push", "publish a run on the Hub with its card"),
     "space": Command("vir_hf.commands.space", "publish the demo as a Space"),
     "doctor": Command("vir_hf.commands.doctor", "check this machine, and that fast batches equal single rows"),

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vir_hf.commands.answer import add_generation_arguments, generation_options
-from vir_hf.commands.reading import add_reading, reading_of
 from vir_hf.commands.evaluate_task import add_task_arguments, evaluate_task, evaluate_with_harness
+from vir_hf.commands.reading import add_reading, reading_of
 from vir_hf.errors import DataError, RecipeError, RunError
 
 if TYPE_CHECKING:

@@ -20,8 +20,8 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from vir_hf.curation.box_check import BoxScale, box_problems, box_scale, mixed_scales
-from vir_hf.data.filters import failed_by_columns, failed_by_quantities
 from vir_hf.curation.contamination import CONTAMINATION
+from vir_hf.data.filters import failed_by_columns, failed_by_quantities
 from vir_hf.data.located import text_problem
 from vir_hf.data.reading import BY_COLUMNS, Reading, Seen
 from vir_hf.errors import DataError, ImageError, RecipeError, clipped, shown
