@@ -69,7 +69,7 @@ def _other(request: Request, staging: Path, exported: Exported) -> None:
         if request.to == "llava":
             write_original(plain, staging, exported.out.resolve())
         else:
-            write_gguf(plain, staging, request.quantization, request.accepts_padding, exported.notes)
+            write_gguf(plain, staging, request, exported.notes)
     if request.verify and request.to == "llava":
         reader = "the original LLaVA's sums on transformers' classes"
         exported.proofs.append(prove(staging, "llava", _expected(request, size), limit, reader=reader))
