@@ -297,6 +297,7 @@ WRITERS = {
     },
     "budget.changes": {"save": "a recipe into a temporary folder"},
     "using.evaluation": {"save": "a picture into a temporary name of `files`"},
+    "using.gallery": {"save": "a picture into memory"},
     "model.projector_files": {"save_file": "into a temporary name of `files`"},
     "exporting.adapter": {"save_pretrained": "into a staging folder of `files`"},
     "exporting.importing": {"save_pretrained": "into a staging folder of `files`"},
@@ -313,12 +314,18 @@ WRITERS = {
     },
     "training.state": {"save_file": "into a temporary name of `files`"},
     "training.safeguards": {"torch.save": "into a temporary name of `files`"},
+    "images.unpacked": {
+        "mkdir": "the cache's own folder",
+        "open": "into a temporary name of `files`",
+        "shutil.copyfileobj": "into a temporary name of `files`",
+    },
     "data.cache": {"pa.OSFile": "into a temporary name of `files`", "mkdir": "the cache's own folder"},
     "training.checkpointing": {
         "torch.save": "into a checkpoint's staging folder",
         "save": "a recipe, which `files` writes",
     },
     "curation.prepare": {"mkdir": "the folder it was told to fill"},
+    "training.panel": {"save": "an image into memory"},
     "training.watch": {"mkdir": "the folder of the ranks' signs", "rmdir": "the same, when it is empty"},
 }
 _METHODS = {

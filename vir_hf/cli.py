@@ -42,6 +42,7 @@ COMMANDS = {
     "answer": Command("vir_hf.commands.answer", "answer one question, or a file of them"),
     "demo": Command("vir_hf.commands.demo", "open the demo in a browser, on this machine"),
     "evaluate": Command("vir_hf.commands.evaluate", "measure a run on held-out rows, before and after tuning"),
+    "compare": Command("vir_hf.commands.compare", "two runs: recipes, curves, scores with significance, answers"),
     "merge": Command("vir_hf.commands.merge", "write adapter and projector into a plain checkpoint"),
     "export": Command("vir_hf.commands.export", "write a run in another tool's format, proven by opening it"),
     "import": Command("vir_hf.commands.importing", "open a checkpoint of another project, every tensor accounted for"),
