@@ -29,7 +29,7 @@ def rows_and_plan(
     recipe: Recipe, processor: LlavaProcessor, bad_rows: list[BadRow], world_size: int, rank: int
 ) -> tuple[Any, StepSampler | StreamPlan]:
     """Return the training rows, pictures as references, and this rank's plan of the steps over them."""
-    rows = load_recipe_rows(recipe, bad_rows)
+    rows = load_recipe_rows(recipe, bad_rows, tell=print if rank == 0 else logger.info)
     if recipe.data.streaming:
         return share_of_stream(rows, rank, world_size), plan_stream(recipe, world_size, rank)
     rows, sizes = usable_rows(rows, recipe, processor, bad_rows)
