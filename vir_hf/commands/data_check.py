@@ -30,6 +30,7 @@ examples:
   vir-hf data check train.json --image-folder images --tokenizer lmsys/vicuna-7b-v1.5 --max-length 2048
   vir-hf data check experiment=llava15_7b_lora data.data_path=train.json data.image_folder=images
   vir-hf data check train.json --image-folder images --fix sound.json
+  vir-hf data check train.json --image-folder images --against llava_pope_test.jsonl --against-image-folder val2014
 
 exit code: 0 nothing found, 1 problems found, 2 the data cannot be read or the call is wrong.
 """
@@ -49,7 +50,7 @@ def main(argv: list[str]) -> int:
     written = [("--json", arguments.json), ("--html", arguments.html), ("--fix", arguments.fix)]
     if arguments.fix:
         written.append(("--fix", _dropped_name(arguments.fix)))
-    inputs = [*target["inputs"], *data_inputs(target["path"], target["image_folder"])]
+    inputs = [*target["inputs"], *data_inputs(target["path"], target["image_folder"]), arguments.against]
     refuse_outputs(written, inputs, overwrite=arguments.overwrite)
     with _progress_bar() as progress:
         report = check_data(
@@ -63,6 +64,8 @@ def main(argv: list[str]) -> int:
             reading=target["reading"],
             progress=progress,
         )
+    if arguments.against:
+        _add_contamination(report, target, arguments)
     report = without_kinds(report, arguments.ignore)
     if arguments.json != "-":
         _print(report, Console())
@@ -72,6 +75,21 @@ def main(argv: list[str]) -> int:
     if arguments.fix:
         _fix(report, arguments)
     return 1 if report.problems else 0
+
+
+def _add_contamination(report: CheckReport, target: dict[str, Any], arguments: argparse.Namespace) -> None:
+    from vir_hf.curation.checks import Problem
+    from vir_hf.curation.contamination import find_contamination
+
+    found = find_contamination(
+        target["path"],
+        target["image_folder"],
+        arguments.against,
+        arguments.against_image_folder,
+        num_workers=arguments.num_workers,
+    )
+    report.problems += [Problem(one.file, one.row, one.id, one.kind, one.detail) for one in found]
+    report.problems.sort(key=lambda problem: (report.files.index(problem.file), problem.row))
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -95,6 +113,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--ignore", action="append", default=[], metavar="KIND", help="do not report this kind; repeatable"
     )
     add_reading(parser, with_boxes=True)
+    parser.add_argument(
+        "--against", metavar="TEST", help="also find rows with an image or a question of this test, by what they show"
+    )
+    parser.add_argument(
+        "--against-image-folder", metavar="DIR", help="where the test's images lie; beside the test file by default"
+    )
     add_json(parser, "the whole report")
     parser.add_argument("--html", metavar="FILE", help="write the report as one HTML page")
     parser.add_argument("--fix", metavar="OUT.json", help="write the sound rows, and OUT.dropped.json with the others")

@@ -20,6 +20,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from vir_hf.curation.box_check import BoxScale, box_problems, box_scale, mixed_scales
+from vir_hf.curation.contamination import CONTAMINATION
 from vir_hf.data.filters import failed_by_columns, failed_by_quantities
 from vir_hf.data.located import text_problem
 from vir_hf.data.reading import BY_COLUMNS, Reading, Seen
@@ -43,6 +44,7 @@ from vir_hf.rows.shapes import in_llava_form, with_columns
 # Kind -> what to do. The kinds of conversations.py come first, then what only the whole data set shows.
 REMEDIES = {
     **PROBLEM_KINDS,
+    **CONTAMINATION,
     "too_long": "Raise max_length, or shorten the row: whole turns are dropped from its end.",
     "duplicate_id": "Give every row an id of its own; training takes both rows.",
     "duplicate_row": "Drop one of the two: what is there twice is learned twice.",

@@ -81,6 +81,7 @@ class DataSection:
     image_folder: str | None = None
     eval_path: str | None = None
     eval_image_folder: str | None = None
+    eval_fraction: float | None = None
     sources: list[SourceSection] | None = None
     name: str | None = None
     split: str | None = None
@@ -125,6 +126,9 @@ class TrainingSection:
     max_skipped_steps: int = 10
     on_out_of_memory: Literal["raise", "split"] = "raise"
     timeout_minutes: int = 30
+    panel_size: int = 4
+    early_stopping_patience: int | None = None
+    report: bool = True
     arguments: dict[str, Any] = field(default_factory=dict)
 
     def __getattr__(self, name: str) -> Any:

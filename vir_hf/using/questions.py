@@ -24,7 +24,7 @@ from vir_hf.rows.keys import is_given
 from vir_hf.rows.messages import to_messages
 from vir_hf.rows.shapes import in_llava_form, shape_of, with_columns
 from vir_hf.rows.vqa import ANSWERS, CHOICES, answers_in, right_answers
-from vir_hf.using.scoring import is_empty
+from vir_hf.scores.matching import is_empty
 
 # The beginning of a line that `vir-hf answer` was writing when it was killed.
 _CUT_ANSWER = re.compile(
