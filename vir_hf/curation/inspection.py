@@ -18,7 +18,8 @@ from vir_hf.curation.terminal import printable
 from vir_hf.errors import DataError, clipped
 from vir_hf.images.opening import open_image
 from vir_hf.images.preprocessing import ImagePreprocessor
-from vir_hf.rows.encoding import encode_row
+from vir_hf.rows.encoding import encode_row, encode_with_images
+from vir_hf.rows.image_lengths import image_lengths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,31 +86,32 @@ def inspect_row(row: dict[str, Any], number: int, processor: Any, max_length: in
     Raises:
         DataError: the row cannot be trained on.
     """
-    encoded = encode_row(row, processor, max_length=max_length, where=f"row {number}")
+    encoded, images = encode_with_images(row, processor, max_length=max_length, where=f"row {number}")
     num_cut = 0
     if max_length is not None:
         num_cut = len(encode_row(row, processor)["input_ids"]) - len(encoded["input_ids"])
-    num_images = encoded.get("num_images", len(row["images"]))
-    spans = _spans(encoded["input_ids"], encoded["labels"], processor)
-    return InspectedRow(number, str(row["id"]), spans, list(row["images"])[:num_images], num_cut)
+    spans = _spans(encoded["input_ids"], encoded["labels"], image_lengths(images, processor), processor)
+    return InspectedRow(number, str(row["id"]), spans, list(images), num_cut)
 
 
-def _spans(input_ids: list[int], labels: list[int], processor: Any) -> list[Span]:
+def _spans(input_ids: list[int], labels: list[int], lengths: list[int], processor: Any) -> list[Span]:
     sorts = [
         "image" if token == processor.image_token_id else "read" if label < 0 else "learned"
         for token, label in zip(input_ids, labels, strict=True)
     ]
-    spans = []
+    spans: list[Span] = []
+    remaining = iter(lengths)
+    whole = next(remaining, 0)
     start = segment = 0  # a segment is the text between images, which is decoded as a whole
     for end in range(1, len(sorts) + 1):
         is_image, length = sorts[start] == "image", end - start
-        is_whole = is_image and length == processor.num_image_tokens
+        is_whole = is_image and length == whole
         if end < len(sorts) and sorts[end] == sorts[start] and not is_whole:
             continue
         ids = input_ids[start:end]
         if is_image:
             spans.append(Span("image", f"<image x{length}>", ids, []))
-            segment = end
+            segment, whole = end, next(remaining, 0)
         else:
             pieces = _pieces(processor.tokenizer, input_ids[segment:end])[start - segment :]
             spans.append(Span(sorts[start], "".join(pieces), ids, pieces))
@@ -176,7 +178,7 @@ def as_page(rows: Sequence[InspectedRow], processor: Any, lead: str, with_ids: b
     shown = [
         {
             "title": row.title,
-            "images": [_shown_image(image, preprocess) for image in row.images],
+            "images": [view for image in row.images for view in _shown_views(image, preprocess, processor)],
             "spans": [{"sort": s.sort, "text": s.text, "pieces": _shown_pieces(s, with_ids)} for s in row.spans],
         }
         for row in rows
@@ -196,20 +198,30 @@ def _visible(text: str) -> str:
     return text.replace("\n", "\u21b5\n")
 
 
-def _shown_image(image: Any, preprocess: ImagePreprocessor | None) -> dict[str, str]:
-    """Return an image as base64 and its label, or why it cannot be shown."""
+def _shown_views(image: Any, preprocess: ImagePreprocessor | None, processor: Any) -> list[dict[str, str]]:
+    """Return every view of an image as base64, with its label, or why it cannot be shown."""
     name = os.path.basename(image.get("path") or "embedded image") if isinstance(image, dict) else str(image)
     try:
         if preprocess is None:
             shown = open_image(image)
             shown.thumbnail((600, 600))
-        else:
-            shown = denormalise(preprocess(image), preprocess.image_processor)
+            return [_shown(shown, name)]
+        pixels = preprocess(image)
     except DataError as error:
-        return {"error": str(error)}
+        return [{"error": str(error)}]
+    views = list(pixels) if pixels.ndim == 4 else [pixels]
+    pictures = [denormalise(view, preprocess.image_processor) for view in views]
+    names = [f"tile {number} of {len(views) - 1}, " for number in range(1, len(views))]
+    names.insert(0 if processor.views.shows_whole_first else len(names), "the whole, " if names else "")
+    return [
+        _shown(picture, f"{place}{picture.width}x{picture.height} pixels, {name}")
+        for place, picture in zip(names, pictures, strict=True)
+    ]
+
+
+def _shown(picture: Image.Image, label: str) -> dict[str, str]:
     buffer = io.BytesIO()
-    shown.save(buffer, "JPEG", quality=88)
-    label = name if preprocess is None else f"{shown.width}x{shown.height} pixels, {name}"
+    picture.save(buffer, "JPEG", quality=88)
     return {"error": "", "data": base64.b64encode(buffer.getvalue()).decode(), "label": label}
 
 

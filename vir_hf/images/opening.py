@@ -112,7 +112,7 @@ def decode_image(data: bytes, name: str) -> Image.Image:
         raise ImageError("image_empty", f"{name}: the file is empty (0 bytes). Fetch it again, or drop its rows.")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of damaged metadata; what is refused is decided here
-        return _load(_open(io.BytesIO(data), name), name)
+        return _load(open_checked(io.BytesIO(data), name), name)
 
 
 def open_lazily(file: BinaryIO) -> ImageFile.ImageFile:
@@ -154,10 +154,10 @@ def read_image_size(source: str | os.PathLike[str] | bytes | dict[str, Any]) -> 
         decode_image(data, name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return _open(io.BytesIO(data), name).size
+        return open_checked(io.BytesIO(data), name).size
 
 
-def _open(file: BinaryIO, name: str) -> Image.Image:
+def open_checked(file: BinaryIO, name: str) -> Image.Image:
     """Return Pillow's lazily opened image: its header is read, its size checked, nothing is decoded."""
     try:
         image = open_lazily(file)
@@ -241,7 +241,7 @@ def _read_header(file: BinaryIO, name: str) -> ImageHeader:
         file.seek(max(0, num_bytes - _TAIL_BYTES))
         tail = file.read()
         file.seek(0)
-        image = _open(file, name)
+        image = open_checked(file, name)
         header = ImageHeader(*image.size, image.format or "", num_bytes, image.mode.startswith(("I", "F")))
         ending = _ENDINGS.get(header.format)
         if ending is None or ending not in tail:
@@ -258,7 +258,7 @@ def count_greys(source: str | bytes | dict[str, Any]) -> tuple[int, int]:
     data, name = read_image_bytes(source)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        image = _open(io.BytesIO(data), name)
+        image = open_checked(io.BytesIO(data), name)
         shown = _load(image, name)
         return len(np.unique(np.asarray(image))), len(np.unique(np.asarray(shown)[..., 0]))
 
