@@ -33,9 +33,18 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+class Pairs(dict[str, tuple[Any, Any]]):
+    """Model and processor of each kind; hypothesis would print them whole, which takes minutes."""
+
+    def __repr__(self) -> str:
+        return "pairs"
+
+
 @pytest.fixture(scope="module")
-def pairs(parts: Path) -> dict[str, tuple[Any, Any]]:
-    return {name: build(str(parts / "lm"), str(parts / "tower"), "vicuna_v1", **kind) for name, kind in KINDS.items()}
+def pairs(parts: Path) -> Pairs:
+    return Pairs(
+        {name: build(str(parts / "lm"), str(parts / "tower"), "vicuna_v1", **kind) for name, kind in KINDS.items()}
+    )
 
 
 def picture(width: int, height: int, seed: int = 0) -> dict[str, Any]:
@@ -68,15 +77,14 @@ def loss_and_gradients(model: Any, batches: list[dict[str, torch.Tensor]]) -> tu
             logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=IGNORE, reduction="sum"
         )
     total.backward()
-    return float(total), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return total.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def assert_same(one: tuple[float, dict[str, torch.Tensor]], other: tuple[float, dict[str, torch.Tensor]]) -> None:
     assert one[0] == pytest.approx(other[0], rel=1e-5)
-    assert one[1].keys() == other[1].keys()
-    for name, gradient in one[1].items():
-        scale = float(other[1][name].abs().max())
-        assert torch.allclose(gradient, other[1][name], rtol=1e-4, atol=1e-5 * max(scale, 1e-3)), name
+    for name in one[1].keys() | other[1].keys():  # what nothing depends on has a gradient of zero, or none
+        left, right = (gradients.get(name, torch.zeros(())) for _, gradients in (one, other))
+        assert float((left - right).abs().max()) <= 1e-5 * max(float(right.abs().max()), 1e-3), name
 
 
 SIDE = st.integers(8, 120)
@@ -89,7 +97,7 @@ SIDE = st.integers(8, 120)
     shown=st.lists(st.lists(st.integers(0, 2), max_size=2), min_size=1, max_size=4),
 )
 def test_packed_equals_one_by_one(
-    pairs: dict[str, tuple[Any, Any]], kind: str, pictures: list[tuple[int, int]], shown: list[list[int]]
+    pairs: Pairs, kind: str, pictures: list[tuple[int, int]], shown: list[list[int]]
 ) -> None:
     model, processor = pairs[kind]
     drawn = [picture(*size, seed) for seed, size in enumerate(pictures)]
@@ -101,7 +109,7 @@ def test_packed_equals_one_by_one(
     assert_same(loss_and_gradients(model, [padded(rows)]), alone)
 
 
-def test_rows_of_one_image_share_all_of_its_views(pairs: dict[str, tuple[Any, Any]]) -> None:
+def test_rows_of_one_image_share_all_of_its_views(pairs: Pairs) -> None:
     model, processor = pairs["tiles"]
     image = picture(100, 50)
     rows = [row(0, [image]), row(1, [image], "What colour?")]
@@ -115,7 +123,7 @@ def test_rows_of_one_image_share_all_of_its_views(pairs: dict[str, tuple[Any, An
     assert_same(loss_and_gradients(model, [batch]), loss_and_gradients(model, [apart(rows)]))
 
 
-def test_a_plan_counts_what_the_collator_packs(pairs: dict[str, tuple[Any, Any]]) -> None:
+def test_a_plan_counts_what_the_collator_packs(pairs: Pairs) -> None:
     _, processor = pairs["tiles"]
     large, small = picture(100, 50), picture(20, 20)
     rows = [row(0, [large]), row(1, [large]), row(2, [small])]
@@ -131,7 +139,7 @@ def test_a_plan_counts_what_the_collator_packs(pairs: dict[str, tuple[Any, Any]]
         assert packed["input_ids"].shape[1] <= one_image
 
 
-def test_a_row_is_cut_before_an_image_and_never_inside_one(pairs: dict[str, tuple[Any, Any]]) -> None:
+def test_a_row_is_cut_before_an_image_and_never_inside_one(pairs: Pairs) -> None:
     _, processor = pairs["tiles"]
     images = [picture(20, 20), picture(100, 50)]
     talk = row(0, images[:1])
@@ -148,20 +156,20 @@ def test_a_row_is_cut_before_an_image_and_never_inside_one(pairs: dict[str, tupl
         assert ids.count(processor.image_token_id) in (5, 5 + processor.tokens_of((100, 50)))
 
 
-def test_a_row_too_long_for_its_image_says_the_tokens(pairs: dict[str, tuple[Any, Any]]) -> None:
+def test_a_row_too_long_for_its_image_says_the_tokens(pairs: Pairs) -> None:
     _, processor = pairs["tiles"]
     tokens = processor.tokens_of((100, 50))
     with pytest.raises(DataError, match=rf"1 images of {tokens} tokens among them.*max_length={tokens}"):
         encode_row(row(0, [picture(100, 50)]), processor, max_length=tokens)
 
 
-def test_an_image_of_one_by_thousands_is_refused_by_its_row(pairs: dict[str, tuple[Any, Any]]) -> None:
+def test_an_image_of_one_by_thousands_is_refused_by_its_row(pairs: Pairs) -> None:
     _, processor = pairs["tiles"]
     with pytest.raises(DataError, match="id '0'.*1 x 5000 pixels.*factor of 200.*5000"):
         encode_row(row(0, [picture(1, 5000)]), processor)
 
 
-def test_a_broken_image_masks_its_row_where_the_recipe_says_so(pairs: dict[str, tuple[Any, Any]]) -> None:
+def test_a_broken_image_masks_its_row_where_the_recipe_says_so(pairs: Pairs) -> None:
     _, processor = pairs["tiles"]
     rows = [row(0, [picture(100, 50)]), row(1, [{"bytes": b"no image", "path": "x.png"}])]
     with pytest.raises(DataError, match=r"x\.png"):
@@ -174,7 +182,7 @@ def test_a_broken_image_masks_its_row_where_the_recipe_says_so(pairs: dict[str, 
 
 
 def test_the_tower_runs_once_for_each_distinct_view_in_chunks(
-    pairs: dict[str, tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch
+    pairs: Pairs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, processor = pairs["tiles"]
     image, other = picture(100, 50), picture(60, 60, 1)
@@ -195,7 +203,7 @@ def test_the_tower_runs_once_for_each_distinct_view_in_chunks(
     assert sum(seen) == expected == len(whole) and max(seen) <= 3
 
 
-def test_views_of_another_size_are_refused_with_both_numbers(pairs: dict[str, tuple[Any, Any]]) -> None:
+def test_views_of_another_size_are_refused_with_both_numbers(pairs: Pairs) -> None:
     model, processor = pairs["tiles"]
     batch = LlavaDataCollator(processor, max_length=None)([row(0, [picture(100, 50)])])
     num_views = len(batch["pixel_values"])

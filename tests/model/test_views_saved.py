@@ -123,7 +123,7 @@ class TestLlavaNext:
 
     def test_training_learns_the_newline_and_saves_the_native_type(self, llava_next: Path, parts: Path, tmp_path: Path) -> None:
         changes = {"model.name_or_path": llava_next, "model.language_model": "null", "model.vision_tower": "null"}
-        tiny_training.run(parts, tmp_path / "run", **changes, **{"trainable.language_model": "full", "training.max_steps": 3})
+        tiny_training.run(parts, tmp_path / "run", **changes, **{"trainable.language_model": "full", "lora": "none", "training.max_steps": 3})
         config = json.loads((tmp_path / "run" / "config.json").read_text())
         assert config["model_type"] == "llava_next"
         assert config["architectures"] == ["LlavaNextForConditionalGeneration"]
@@ -174,7 +174,7 @@ class TestLlavaNext:
 
 
 class TestTiles:
-    CHANGES = {"model.tiling": "tiles", "model.max_tiles": 4, "model.pixel_shuffle": 2, "trainable.language_model": "full"}
+    CHANGES = {"model.tiling": "tiles", "model.max_tiles": 4, "model.pixel_shuffle": 2, "trainable.language_model": "full", "lora": "none"}
 
     @pytest.fixture(scope="class")
     @classmethod

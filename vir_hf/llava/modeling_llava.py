@@ -46,8 +46,8 @@ HUB_LAYOUT = {
     "language_model.lm_head.": "lm_head.",
     "language_model.model.": "model.language_model.",
     "vision_tower.vision_model.": "model.vision_tower.",
-    "image_newline": "model.multi_modal_projector.image_newline",
     "multi_modal_projector.": "model.multi_modal_projector.",
+    "image_newline": "model.multi_modal_projector.image_newline",  # last, so that it is reversed before the line above
 }
 
 
