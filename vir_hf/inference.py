@@ -25,7 +25,7 @@ from vir_hf.images.opening import ImageSource
 from vir_hf.images.preprocessing import ImagePreprocessor
 from vir_hf.images.sizes import upright_size
 from vir_hf.rows.encoding import encode_prompt_with_images, stop_token_ids
-from vir_hf.rows.image_lengths import image_lengths
+from vir_hf.rows.image_lengths import image_lengths, in_words
 
 MAX_NEW_TOKENS = 512
 
@@ -112,7 +112,7 @@ class Question:
 
 @dataclass
 class Prompt:
-    """A question as the model reads it: token ids, `(3, height, width)` pixels of each view, and each picture's width and height."""
+    """A question as the model reads it: token ids, `(3, height, width)` pixels of each view, each picture's width and height."""
 
     input_ids: list[int]
     pixel_values: list[torch.Tensor] = field(default_factory=list)
@@ -178,14 +178,15 @@ class Answerer:
         limit = self.context_length
         if limit is not None and len(input_ids) >= limit:
             raise DataError(
-                f"the conversation takes {len(input_ids)} tokens ({len(images)} pictures of "
-                f"{sum(image_lengths(images, self.processor))} in all among them); the model reads at most {limit}. Begin a new one, or send "
-                "fewer pictures."
+                f"the conversation takes {len(input_ids)} tokens ({in_words(image_lengths(images, self.processor))} "
+                f"among them); the model reads at most {limit}. Begin a new one, or send fewer pictures."
             )
         pixels = [self._preprocess(image) for image in images]
         if self.processor.views.is_fixed:
             return Prompt(input_ids, pixels)
-        return Prompt(input_ids, [view for views in pixels for view in views], [upright_size(image) for image in images])
+        return Prompt(
+            input_ids, [view for views in pixels for view in views], [upright_size(image) for image in images]
+        )
 
     def answer(
         self,
@@ -311,7 +312,7 @@ class Answerer:
         return next(parameter.dtype for parameter in tower.parameters() if parameter.is_floating_point())
 
     def view(self, image: ImageSource) -> Image.Image:
-        """Return the picture as the vision tower sees it, of several views that of the whole: padded or cropped, in 8-bit RGB."""
+        """Return the picture as the vision tower sees it, of several views that of the whole, in 8-bit RGB."""
         wanted = self.processor.image_processor
         pixels = self._preprocess(image)
         if pixels.ndim == 4:

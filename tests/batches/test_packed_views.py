@@ -181,9 +181,7 @@ def test_a_broken_image_masks_its_row_where_the_recipe_says_so(pairs: Pairs) -> 
     assert (batch["labels"] != IGNORE).sum() == (alone["labels"] != IGNORE).sum()
 
 
-def test_the_tower_runs_once_for_each_distinct_view_in_chunks(
-    pairs: Pairs, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_tower_runs_once_for_each_distinct_view_in_chunks(pairs: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = pairs["tiles"]
     image, other = picture(100, 50), picture(60, 60, 1)
     batch = LlavaDataCollator(processor, max_length=None)([row(0, [image]), row(1, [other, image]), row(2, [image])])

@@ -28,7 +28,18 @@ PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 def sizes(number: int) -> list[tuple[int, int]]:
     """Widths and heights: common ones, and drawn ones of every shape."""
     rng = random.Random(0)
-    common = [(336, 336), (640, 480), (480, 640), (1, 1), (1, 150), (150, 1), (1920, 1080), (335, 337), (672, 336), (1008, 335)]
+    common = [
+        (336, 336),
+        (640, 480),
+        (480, 640),
+        (1, 1),
+        (1, 150),
+        (150, 1),
+        (1920, 1080),
+        (335, 337),
+        (672, 336),
+        (1008, 335),
+    ]
     return common + [(rng.randint(20, 3000), rng.randint(20, 3000)) for _ in range(number - len(common))]
 
 

@@ -57,8 +57,8 @@ class LlavaDataCollator:
         preprocess: turns one image source into a `(3, height, width)` float tensor, or `(num_views, 3, height, width)` where
             images are cut into views; by the processor if `None`.
         with_row_ids: also put `row_ids` and `masked_rows` (each with id and reason) into the batch, for a trainer to take out.
-        feature_lookup: `image source -> (num_patches, vision_hidden)` tensor (with views, one more dimension first) or `None`; used
-            in place of opening the picture.
+        feature_lookup: `image source -> (num_patches, vision_hidden)` tensor, with views one more dimension first, or `None`;
+            used in place of opening the picture.
     """
 
     processor: Any
@@ -83,9 +83,9 @@ class LlavaDataCollator:
 
         Padding-free: `input_ids`, `labels`, `position_ids` `(1, T)`, `segment_lengths` and `segment_prefixes`
         `(num_segments,)`. Padded: `input_ids`, `attention_mask`, `labels` `(batch, length)`. With pictures also
-        `pixel_values` `(num_distinct_images, 3, height, width)` and `image_indices` `(num_image_spans,)`. Where images are cut into
-        views, `pixel_values` holds those of all images one after another, and `image_sizes` `(num_distinct_images, 2)` the images'
-        height and width.
+        `pixel_values` `(num_distinct_images, 3, height, width)` and `image_indices` `(num_image_spans,)`. Where images are cut
+        into views, `pixel_values` holds those of all images one after another, and `image_sizes` `(num_distinct_images, 2)` the
+        images' height and width.
 
         Raises:
             DataError: a row or a picture that cannot be used, by its id.

@@ -80,7 +80,9 @@ class FeatureCache:
         RecipeError: the folder holds features of another tower, preprocessing, layer or dtype.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], identity: dict[str, Any], processor: LlavaProcessor | None = None):
+    def __init__(
+        self, folder: str | os.PathLike[str], identity: dict[str, Any], processor: LlavaProcessor | None = None
+    ):
         self.folder, self.identity = Path(folder), identity
         self._processor = None if processor is None or processor.views.is_fixed else processor
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -168,7 +170,8 @@ class FeatureCache:
 
     def verify(self, source: Any) -> bool:
         """Whether a picture's features are there and as they were written; a damaged entry is taken out of its index."""
-        return all([self._verify(digest) for digest in self._digests_of(source)])
+        found = [self._verify(digest) for digest in self._digests_of(source)]  # every one: each may be damaged
+        return all(found)
 
     def _verify(self, digest: str) -> bool:
         entry = self._entries.get(digest)

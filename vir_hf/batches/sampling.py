@@ -138,7 +138,9 @@ def deal(
     return bins
 
 
-def fill(rows: Sequence[int], sizes: Sequence[RowSize], max_tokens: int, shares_images: bool = False) -> list[list[int]]:
+def fill(
+    rows: Sequence[int], sizes: Sequence[RowSize], max_tokens: int, shares_images: bool = False
+) -> list[list[int]]:
     """Share rows out over as few bins as it takes for none to exceed `max_tokens` (a longer row has a bin of its own)."""
     bins: list[tuple[int, list[int]]] = []
     pieces: list[tuple[int, list[int]]] = []

@@ -420,7 +420,8 @@ class Estimator:
         else:
             yield f"rows: {self.statistics.source}"
         if self.model.views_per_image > 1:
-            yield f"every image is taken to have all of its {self.model.views_per_image} views, {self.model.num_image_tokens} tokens"
+            views, tokens = self.model.views_per_image, self.model.num_image_tokens
+            yield f"every image is taken to have all of its {views} views, {tokens} tokens"
         if self.optimizer not in _OPTIMIZER_BYTES:
             yield f"training.optim={self.optimizer} is not in the planner's table; counted as AdamW, 8 bytes a weight"
         if self.recipe.model.adapter:

@@ -93,10 +93,14 @@ class ImagePreprocessor:
         """Take over the processor's settings; False when they ask for something not done here, or for nothing sensible."""
         class_name = type(processor).__name__.removesuffix("Pil").removesuffix("Fast")
         does_pad = bool(getattr(processor, "do_pad", False))
-        has_views = hasattr(processor, "views_of")  # ours, which makes of each view what its parent, LLaVA's own, makes of an image
+        has_views = hasattr(
+            processor, "views_of"
+        )  # ours, which makes of each view what its parent, LLaVA's own, makes of an image
         if has_views:
             class_name = "LlavaImageProcessor"
-        is_known = class_name in _KNOWN_CLASSES and (has_views or type(processor).__module__.startswith("transformers."))
+        is_known = class_name in _KNOWN_CLASSES and (
+            has_views or type(processor).__module__.startswith("transformers.")
+        )
         if not is_known or (does_pad and class_name != "LlavaImageProcessor"):
             return False
         resample = getattr(processor.resample, "value", processor.resample)

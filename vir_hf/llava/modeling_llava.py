@@ -8,7 +8,6 @@ the selected one, each distinct picture once, packed rows of segments, and hidde
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import json
@@ -72,7 +71,9 @@ def _hub_layout() -> list[WeightRenaming]:
 _LLAVA_LAYOUT = [
     *get_checkpoint_conversion_mapping("llava"),
     # Before transformers 5 and since: where LLaVA-NeXT keeps what is the projector's here.
-    WeightRenaming(source_patterns=r"^(?:model\.)?image_newline$", target_patterns="model.multi_modal_projector.image_newline"),
+    WeightRenaming(
+        source_patterns=r"^(?:model\.)?image_newline$", target_patterns="model.multi_modal_projector.image_newline"
+    ),
 ]
 register_checkpoint_conversion_mapping("LlavaForCausalLM", _LLAVA_LAYOUT, overwrite=True)
 
@@ -212,7 +213,9 @@ class LlavaModel(NativeLlavaModel):
         )
         is_fixed = self.views.is_fixed
         if overridden and not is_fixed:
-            raise ValueError("vision_feature_layer and vision_feature_select_strategy cannot be overridden where images have tiles.")
+            raise ValueError(
+                "vision_feature_layer and vision_feature_select_strategy cannot be overridden where images have tiles."
+            )
         if is_fixed and (image_sizes is not None or overridden):
             return super().get_image_features(
                 pixel_values,
@@ -251,7 +254,9 @@ class LlavaModel(NativeLlavaModel):
             ValueError: views that are not those of images of these sizes.
         """
         if image_sizes is None:
-            raise ValueError("this model cuts images into tiles: pass image_sizes (height, width), as its processor returns them.")
+            raise ValueError(
+                "this model cuts images into tiles: pass image_sizes (height, width), as its processor returns them."
+            )
         images = [self.views.of(width, height) for height, width in image_sizes.tolist()]
         num_views = sum(image.num_views for image in images)
         if num_views != features.shape[0]:
@@ -362,7 +367,11 @@ class LlavaModel(NativeLlavaModel):
         return inputs_embeds.masked_scatter(mask.unsqueeze(-1).to(inputs_embeds.device), image_features)
 
     def _tokens_in_words(self) -> str:
-        return f"{self.views.most_tokens} a picture" if self.views.is_fixed else f"at most {self.views.most_tokens} a picture"
+        return (
+            f"{self.views.most_tokens} a picture"
+            if self.views.is_fixed
+            else f"at most {self.views.most_tokens} a picture"
+        )
 
     def _layout(
         self,

@@ -13,7 +13,7 @@ from transformers.processing_utils import ImagesKwargs, MultiModalData
 from .views import AnyRes, OneView, Tiles, Views, as_pinpoints, fitted
 
 
-class TilesKwargs(ImagesKwargs, total=False):
+class TilesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     """What `TilesImageProcessor` takes beside transformers' own arguments."""
 
     max_tiles: int
@@ -40,7 +40,9 @@ class TilesImageProcessor(LlavaImageProcessorPil):
             views = [np.moveaxis(np.asarray(view), -1, 0) for view in self.views_of(picture, max_tiles)]
             pixels += super()._preprocess(views, return_tensors=None, **kwargs)["pixel_values"]
         sizes = [image.shape[-2:] for image in images]
-        return BatchFeature({"pixel_values": np.stack(pixels), "image_sizes": np.array(sizes)}, tensor_type=return_tensors)
+        return BatchFeature(
+            {"pixel_values": np.stack(pixels), "image_sizes": np.array(sizes)}, tensor_type=return_tensors
+        )
 
     def views_of(self, picture: Image.Image, max_tiles: int | None = None) -> list[Image.Image]:
         """Return an RGB image's tiles in reading order, then the image itself."""

@@ -55,10 +55,10 @@ class MlpProjector(nn.Module):
         return hidden_states if images is None else hidden_states.flatten(0, 1)
 
     def _project(self, image_features: torch.Tensor) -> torch.Tensor:
-        hidden_states: torch.Tensor = shuffle_patches(image_features, self.shuffle)
-        hidden_states = self.linear_1(hidden_states)
-        for number in range(2, self.num_layers + 1):
-            hidden_states = getattr(self, f"linear_{number}")(self.act(hidden_states))
+        layers: list[nn.Module] = [getattr(self, f"linear_{number}") for number in range(1, self.num_layers + 1)]
+        hidden_states: torch.Tensor = layers[0](shuffle_patches(image_features, self.shuffle))
+        for layer in layers[1:]:
+            hidden_states = layer(self.act(hidden_states))
         return hidden_states
 
     def _marks_of(self, images: Sequence[ImageViews]) -> torch.Tensor:
@@ -132,7 +132,9 @@ class AnyResProjector(MlpProjector):
         """`(num_views, side * side, text_hidden)` -> `(num_tokens, text_hidden)`: the whole, then the map of the tiles."""
         side, width = math.isqrt(views.shape[1]), views.shape[2]
         tiles = views[1:].view(image.rows, image.columns, side, side, width).permute(4, 0, 2, 1, 3)
-        patches = tiles.reshape(width, image.rows * side, image.columns * side)  # (text_hidden, rows, columns) of patches
+        patches = tiles.reshape(
+            width, image.rows * side, image.columns * side
+        )  # (text_hidden, rows, columns) of patches
         top, bottom, left, right = image.kept
         patches = patches[:, top:bottom, left:right]
         if image.pooled is not None:

@@ -99,9 +99,7 @@ class Tiles:
         """
         refuse_stripes(width, height)
         grids = [
-            (rows, columns)
-            for rows in range(1, self.max_tiles + 1)
-            for columns in range(1, self.max_tiles // rows + 1)
+            (rows, columns) for rows in range(1, self.max_tiles + 1) for columns in range(1, self.max_tiles // rows + 1)
         ]
         height_of_best, width_of_best = best_resolution(
             width, height, [(rows * self.edge, columns * self.edge) for rows, columns in grids]
@@ -212,8 +210,8 @@ def refuse_stripes(width: int, height: int) -> None:
     """
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise ValueError(
-            f"an image of {width} x {height} pixels: cut into tiles its sides may differ by a factor of {MAX_ASPECT_RATIO}, and they "
-            f"differ by {max(width, height) / max(1, min(width, height)):.0f}. Crop it, or leave its rows out."
+            f"an image of {width} x {height} pixels: cut into tiles its sides may differ by a factor of {MAX_ASPECT_RATIO}, and "
+            f"they differ by {max(width, height) / max(1, min(width, height)):.0f}. Crop it, or leave its rows out."
         )
 
 

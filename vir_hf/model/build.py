@@ -316,8 +316,8 @@ def check_same_views(model: LlavaForCausalLM, processor: LlavaProcessor) -> None
     for size in (*ours.sizes_to_compare(), *theirs.sizes_to_compare()):
         if ours.of(*size).num_views != theirs.of(*size).num_views:
             raise RecipeError(
-                f"{name}: of an image of {size[0]} x {size[1]} pixels its processor makes {ours.of(*size).num_views} views and the "
-                f"model expects {theirs.of(*size).num_views}. Take the processor that was saved with the model."
+                f"{name}: of an image of {size[0]} x {size[1]} pixels its processor makes {ours.of(*size).num_views} views and "
+                f"the model expects {theirs.of(*size).num_views}. Take the processor that was saved with the model."
             )
 
 

@@ -57,7 +57,7 @@ class Size:
 
 
 def run_high_resolution(recipe: Recipe, size: Size | None = None) -> dict[str, Any]:
-    """Draw pages, make the parts, train with one view and with tiles, answer held-out questions; return what `metrics.json` holds.
+    """Draw pages, make the parts, train with one view and with tiles, ask held-out questions; return what `metrics.json` holds.
 
     Beside what every run reports, the metrics hold `heldout_accuracy` (with tiles), `one_view_accuracy` (the same pages and
     parts, one view), `blind_accuracy` (with tiles, nothing printed on the page) and `chance_accuracy` (the commonest answer).
@@ -69,7 +69,9 @@ def run_high_resolution(recipe: Recipe, size: Size | None = None) -> dict[str, A
     size, timer, seed = size or Size(), Timer(), int(recipe.training.seed)
     output_dir = Path(recipe.training.output_dir)
     output, data, parts = _output_folder(output_dir), output_dir / "data", output_dir / "parts"
-    with timer.measure("drawing", f"1/5 drawing {size.num_pages} pages of small print and the conversations about them"):
+    with timer.measure(
+        "drawing", f"1/5 drawing {size.num_pages} pages of small print and the conversations about them"
+    ):
         staging = output.stage("data")
         pages = write_pages(
             staging,
@@ -156,7 +158,11 @@ def _output_folder(output_dir: Path) -> OutputFolder:
 
 
 def _scores(
-    answerer: Answerer, output_dir: Path, heldout: list[dict[str, Any]], rows: list[dict[str, Any]], blanks: list[Image.Image]
+    answerer: Answerer,
+    output_dir: Path,
+    heldout: list[dict[str, Any]],
+    rows: list[dict[str, Any]],
+    blanks: list[Image.Image],
 ) -> tuple[dict[str, Any], list[str]]:
     """Return the accuracies, and the answers of the model with tiles."""
     asked = [next(questions_of(row)) for row in heldout]

@@ -19,8 +19,8 @@ def check_views(model: ModelSection, data: DataSection) -> None:
     chosen = ["tiling"] * (model.tiling != "none") + ["pixel_shuffle"] * (model.pixel_shuffle != 1)
     if model.name_or_path and chosen:
         raise RecipeError(
-            f"model.{chosen[0]}: is set, but a whole model (model.name_or_path) brings its own. Remove the key, or join parts with "
-            "model.language_model and model.vision_tower."
+            f"model.{chosen[0]}: is set, but a whole model (model.name_or_path) brings its own. Remove the key, or join parts "
+            "with model.language_model and model.vision_tower."
         )
     if model.tiling == "none":
         return

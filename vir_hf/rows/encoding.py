@@ -626,9 +626,7 @@ class _Chunk(NamedTuple):
     shows_image: bool = False  # an image stands before it
 
 
-def _encode(
-    messages: list[dict[str, Any]], processor: Any, lengths: Sequence[int], prompt: bool = False
-) -> _Encoded:
+def _encode(messages: list[dict[str, Any]], processor: Any, lengths: Sequence[int], prompt: bool = False) -> _Encoded:
     """Encode messages; `lengths` says for each of their images, in order, how many ids it takes."""
     tokenizer, separator = processor.tokenizer, processor.image_token_id
     layout = _layout(processor)
