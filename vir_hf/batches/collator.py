@@ -111,9 +111,10 @@ class LlavaDataCollator:
         lengths = image_lengths(sources, self.processor)
         num_image_tokens = encoding["input_ids"].count(self.processor.image_token_id)
         if num_image_tokens != sum(lengths):
+            views = self.processor.views
+            wanted = f"{len(lengths)} images of {views.most_tokens} tokens" if views.is_fixed else in_words(lengths)
             raise DataError(
-                f"row {shown(row.get('id', ''))}: {num_image_tokens} image tokens for {in_words(lengths)}"
-                f"{'' if len(set(lengths)) != 1 else ' each'}. The processor and the row disagree; is the processor the "
+                f"row {shown(row.get('id', ''))}: {num_image_tokens} image tokens for {wanted}. The processor and the row disagree; is the processor the "
                 "model's own?"
             )
         indices = []

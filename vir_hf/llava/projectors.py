@@ -23,8 +23,9 @@ def _vision_width(config: NativeLlavaConfig) -> int:
 class MlpProjector(nn.Module):
     """Linear layers with activations between; the parameter names are those of transformers' projector.
 
-    A model with `pixel_shuffle` joins blocks of patches first. One that cuts images into tiles has a mark for every view, which
-    is learned and stands before the view's tokens: that of the whole, or the sum of its row's and its column's.
+    A model with `pixel_shuffle` joins blocks of patches first. One that cuts images into tiles has a learned mark for every view:
+    that of the whole, or the sum of its row's and its column's. It stands before the view's tokens, and is added to each of them,
+    so that one attention finds what is at a place.
     """
 
     num_layers = 2
@@ -51,7 +52,8 @@ class MlpProjector(nn.Module):
         hidden_states = self._project(image_features)
         if self.max_tiles:
             images = images or [ImageViews(0)] * len(hidden_states)
-            hidden_states = torch.cat([self._marks_of(images).to(hidden_states.dtype), hidden_states], dim=1)
+            marks = self._marks_of(images).to(hidden_states.dtype)
+            hidden_states = torch.cat([marks, hidden_states + marks], dim=1)
         return hidden_states if images is None else hidden_states.flatten(0, 1)
 
     def _project(self, image_features: torch.Tensor) -> torch.Tensor:
@@ -76,7 +78,7 @@ class MlpProjector(nn.Module):
 def shuffle_patches(features: torch.Tensor, block: int) -> torch.Tensor:
     """`(n, side * side, width)` -> `(n, (side / block) ** 2, width * block ** 2)`: a block's patches side by side.
 
-    Source: pixel shuffle as in Idefics3, https://huggingface.co/papers/2408.12637, section 2.2.
+    Source: pixel shuffle as in Idefics3, https://huggingface.co/papers/2408.12637.
     """
     if block == 1:
         return features

@@ -51,7 +51,7 @@ class Size:
 
     num_pages: int = 2400
     num_heldout: int = 320
-    num_questions: int = 6  # about each training page
+    num_questions: int = 12  # about each training page
     num_cells: int = 6400
     tower_steps: int = 350
 

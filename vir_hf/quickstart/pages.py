@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 from vir_hf.files import write_json
 
 CELL = 64  # pixels of a cell's side, which is a tile's
-COUNTS = ("one", "two", "three", "four")
+COLUMNS = "ABCD"
 SIDES = (3, 4)  # rows or columns of a page
 PAPER = (250, 248, 242)
 LINE = (222, 220, 212)
@@ -96,14 +96,14 @@ def _print(pixels: np.ndarray, letter: str, left: int, top: int, rng: random.Ran
 
 
 def question_about(row: int, column: int) -> str:
-    """Return the question for a letter's place, counted from 0."""
-    return f"Which letter is in row {COUNTS[row]}, column {COUNTS[column]}?"
+    """Return the question for a letter's place, counted from 0: cells are named as in a spreadsheet."""
+    return f"Cell {COLUMNS[column]}{row + 1}?"
 
 
 def write_pages(folder: Path, *, num_pages: int, num_heldout: int, num_questions: int, seed: int) -> list[Page]:
     """Return the held-out pages after writing all images and rows into an empty `folder`.
 
-    `images/`, `train.json` (one conversation of `num_questions` questions a page), `heldout.json` (one question a row, every
+    `images/`, `train.json` (one conversation of at most `num_questions` questions a page), `heldout.json` (one question a row, every
     letter equally often the answer).
     """
     rng = random.Random(seed)
@@ -113,7 +113,7 @@ def write_pages(folder: Path, *, num_pages: int, num_heldout: int, num_questions
         page = random_page(rng)
         name = _save(draw_page(page, rng), folder, f"train_{number:05d}.png")
         places = [(row, column) for row in range(len(page.rows)) for column in range(len(page.rows[0]))]
-        asked = rng.sample(places, num_questions)
+        asked = rng.sample(places, min(num_questions, len(places)))
         train.append(_to_row(f"page-{number:05d}", name, page, asked))
     heldout, pages = [], []
     for number in range(num_heldout):
