@@ -114,8 +114,8 @@ class LlavaDataCollator:
             views = self.processor.views
             wanted = f"{len(lengths)} images of {views.most_tokens} tokens" if views.is_fixed else in_words(lengths)
             raise DataError(
-                f"row {shown(row.get('id', ''))}: {num_image_tokens} image tokens for {wanted}. The processor and the row disagree; is the processor the "
-                "model's own?"
+                f"row {shown(row.get('id', ''))}: {num_image_tokens} image tokens for {wanted}. Processor and row disagree; "
+                "is the processor the model's own?"
             )
         indices = []
         for source in sources:

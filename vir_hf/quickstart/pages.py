@@ -103,8 +103,8 @@ def question_about(row: int, column: int) -> str:
 def write_pages(folder: Path, *, num_pages: int, num_heldout: int, num_questions: int, seed: int) -> list[Page]:
     """Return the held-out pages after writing all images and rows into an empty `folder`.
 
-    `images/`, `train.json` (one conversation of at most `num_questions` questions a page), `heldout.json` (one question a row, every
-    letter equally often the answer).
+    `images/`, `train.json` (one conversation of at most `num_questions` questions a page), `heldout.json` (one question a row,
+    every letter equally often the answer).
     """
     rng = random.Random(seed)
     (folder / "images").mkdir(parents=True)
