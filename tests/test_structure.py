@@ -16,13 +16,14 @@ PACKAGE = ROOT / "vir_hf"
 # Modules that import a heavy library, anywhere in their source; annotations alone do not count.
 DOORS = {
     "datasets": {"data.sources", "data.cache"},
-    "trl": {"training.trainer"},
+    "trl": {"training.arguments", "training.step"},
     "peft": {
         "model.adapters",
         "kernels.fused_lora",
-        "model.build",
+        "model.for_use",
+        "model.precision",
         "model.merging",
-        "training.resume",
+        "training.state",
         "model.trainable",
     },
     "gradio": set(),  # spaces/app.py, which `commands.demo` loads as a file
@@ -274,7 +275,7 @@ WRITERS = {
         "write_text": "over what `save_pretrained` has just written there",
         "shutil.copyfile": "the tokenizer's own file beside it, where there is none",
     },
-    "model.build": {"save_pretrained": "into a staging folder of `files`"},
+    "model.for_training": {"save_pretrained": "into a staging folder of `files`"},
     "curation.image_check": {"pq.write_table": "into memory"},
     "model.merging": {
         "save_pretrained": "into a staging folder of `files`",
@@ -297,10 +298,10 @@ WRITERS = {
     "budget.changes": {"save": "a recipe into a temporary folder"},
     "using.evaluation": {"save": "a picture into a temporary name of `files`"},
     "model.projector_files": {"save_file": "into a temporary name of `files`"},
-    "training.resume": {"save_file": "into a temporary name of `files`"},
+    "training.state": {"save_file": "into a temporary name of `files`"},
     "training.safeguards": {"torch.save": "into a temporary name of `files`"},
     "data.cache": {"pa.OSFile": "into a temporary name of `files`", "mkdir": "the cache's own folder"},
-    "training.trainer": {
+    "training.checkpointing": {
         "torch.save": "into a checkpoint's staging folder",
         "save": "a recipe, which `files` writes",
     },

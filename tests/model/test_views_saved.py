@@ -28,7 +28,8 @@ from transformers import (
 from vir_hf.errors import RecipeError
 from vir_hf.inference import Answerer, Question
 from vir_hf.llava.processing_views import TilesImageProcessor
-from vir_hf.model.build import build, check_same_views, load_processor, load_run
+from vir_hf.model.build import build, check_same_views
+from vir_hf.model.for_use import load_processor, load_run
 from vir_hf.rows.encoding import encode_prompt
 from vir_hf.rows.templates import IMAGE_TOKEN, prepare_tokenizer
 

@@ -18,7 +18,7 @@ from vir_hf import DataError, LlavaDataCollator, RecipeError, build
 from vir_hf.data.sources import load_recipe_rows
 from vir_hf.recipe.load import load_recipe
 from vir_hf.training.run import train
-from vir_hf.training.trainer import compact_supervised
+from vir_hf.training.step import compact_supervised
 
 FULL = {"quantization": "none", "lora": "none", "trainable.language_model": "full", "model.dtype": "float32"}
 
@@ -37,7 +37,8 @@ def test_the_first_loss_is_the_hand_computed_one(tiny_parts: Path, tmp_path: Pat
     )
     recipe = load_recipe(overrides)
     metrics = train(recipe)
-    from vir_hf.model.build import choose_precision, load_model_and_processor
+    from vir_hf.model.for_training import load_model_and_processor
+    from vir_hf.model.precision import choose_precision
 
     torch.manual_seed(4)
     import transformers

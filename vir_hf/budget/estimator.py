@@ -17,7 +17,7 @@ from vir_hf.budget.shapes import describe
 from vir_hf.data.statistics import DatasetStatistics
 from vir_hf.errors import RecipeError
 from vir_hf.llava.modeling_llava import LlavaModel
-from vir_hf.model.build import precision_on
+from vir_hf.model.precision import precision_on
 from vir_hf.recipe.rules import global_batch_size
 
 if TYPE_CHECKING:
