@@ -49,7 +49,7 @@ _MARK = (38, 84, 214)
 class Size:
     """How much is drawn and how long the tower learns; tests make it small."""
 
-    num_pages: int = 2400
+    num_pages: int = 800
     num_heldout: int = 320
     num_questions: int = 12  # about each training page
     num_cells: int = 6400
