@@ -37,7 +37,7 @@ from .configuration_llava import (
 )
 from .logits import absorb_logit_factor, forget_logit_words, logit_factor
 from .portable import make_config_portable
-from .projectors import build_projector
+from .projectors import MlpProjector, build_projector
 from .views import ImageViews, views_of_config
 
 # Prefixes of llava-hf's key names, and of the same weights in memory.
@@ -532,6 +532,10 @@ class LlavaForCausalLM(LlavaForConditionalGeneration):
                 nn.init.normal_(module.weight, std=config.text_config.initializer_range)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        if isinstance(
+            projector, MlpProjector
+        ):  # a block's patches are that many more inputs: the output stays as large
+            projector.get_parameter("linear_1.weight").data /= pixel_shuffle
         model.model.multi_modal_projector = projector.to(device=embeddings.weight.device, dtype=dtype)
         model.tie_weights()
         generation_config = copy.deepcopy(language_model.generation_config)

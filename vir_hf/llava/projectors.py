@@ -41,7 +41,9 @@ class MlpProjector(nn.Module):
         if self.num_layers > 1:
             self.act = ACT2FN[config.projector_hidden_act]
         if self.max_tiles:
-            self.marks = nn.Parameter(torch.randn(1 + 2 * self.max_tiles, width) * config.text_config.initializer_range)
+            # About as large as what the layers put out at first, so that neither drowns the other.
+            scale = 0.5 * config.text_config.initializer_range * math.sqrt(width)
+            self.marks = nn.Parameter(torch.randn(1 + 2 * self.max_tiles, width) * scale)
 
     def forward(self, image_features: torch.Tensor, images: Sequence[ImageViews] | None = None) -> torch.Tensor:
         """`(num_views, num_patches, vision_hidden)` -> `(num_views, num_tokens, text_hidden)`, or `(all tokens, text_hidden)`.

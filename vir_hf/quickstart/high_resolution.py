@@ -21,7 +21,7 @@ from vir_hf.files import OutputFolder
 from vir_hf.images.opening import open_image
 from vir_hf.inference import Answerer, Question
 from vir_hf.llava.views import Tiles
-from vir_hf.quickstart.pages import LETTERS, draw_blank_page, draw_cells, write_pages
+from vir_hf.quickstart.pages import LETTERS, SPOT, draw_blank_page, draw_cells, write_pages
 from vir_hf.quickstart.panel import Sample, draw_panel
 from vir_hf.quickstart.parts import make_language_model, teach_vision_tower
 from vir_hf.quickstart.run import (
@@ -41,7 +41,6 @@ from vir_hf.training.checkpoints import METRICS, OUTPUTS, run_folder
 from vir_hf.training.run import train
 
 NUM_SAMPLES = 6
-PATCH_SIZE = 16
 _MARK = (38, 84, 214)
 
 
@@ -113,17 +112,15 @@ def run_high_resolution(recipe: Recipe, size: Size | None = None) -> dict[str, A
 
 def make_reading_tower(folder: Path, size: Size, *, seed: int) -> float:
     """Return the final loss of a small tower that learns which letter a cell shows, and save it. No page is shown to it."""
-    cells, numbers = draw_cells(size.num_cells, random.Random(seed))
-    num_patches = (cells.shape[1] // PATCH_SIZE) ** 2
-    targets = torch.from_numpy(numbers).unsqueeze(1).expand(-1, num_patches)
+    cells, targets = draw_cells(size.num_cells, random.Random(seed))
     return teach_vision_tower(
         folder,
         torch.from_numpy(cells),
-        [targets],
+        [torch.from_numpy(targets)],
         [len(LETTERS) + 1],
         num_steps=size.tower_steps,
         seed=seed,
-        patch_size=PATCH_SIZE,
+        patch_size=SPOT,
     )
 
 

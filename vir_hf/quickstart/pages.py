@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 from vir_hf.files import write_json
 
 CELL = 64  # pixels of a cell's side, which is a tile's
+SPOT = 16  # pixels of the places in a cell where a letter may stand, which are a tower's patches
 COLUMNS = "ABCD"
 SIDES = (3, 4)  # rows or columns of a page
 PAPER = (250, 248, 242)
@@ -73,26 +74,35 @@ def draw_blank_page(page: Page) -> Image.Image:
 
 
 def draw_cells(num_cells: int, rng: random.Random) -> tuple[np.ndarray, np.ndarray]:
-    """Return `(num_cells, 64, 64, 3)` single cells, and the number of the letter in each (0: none), for a tower to learn from."""
+    """Return single cells for a tower to learn from, and what each of their patches shows.
+
+    Returns:
+        `(num_cells, 64, 64, 3)` pixels, and `(num_cells, 16)`: 0 for the patches of an empty cell; in another the letter's number
+        for its own patch and -100, which is not learned, for the others.
+    """
     page = Page((("",),))
-    cells, numbers = [], []
+    cells, targets = [], []
     for _ in range(num_cells):
         pixels = np.asarray(draw_blank_page(page)).copy()
         number = rng.randrange(len(LETTERS) + 1)
+        shown = np.zeros((CELL // SPOT, CELL // SPOT), dtype=np.int64)
         if number:
-            _print(pixels, list(LETTERS)[number - 1], 0, 0, rng)
+            shown[:] = -100
+            shown[_print(pixels, list(LETTERS)[number - 1], 0, 0, rng)] = number
         cells.append(pixels)
-        numbers.append(number)
-    return np.stack(cells), np.array(numbers)
+        targets.append(shown.reshape(-1))
+    return np.stack(cells), np.stack(targets)
 
 
-def _print(pixels: np.ndarray, letter: str, left: int, top: int, rng: random.Random) -> None:
-    """Put a letter of 5 by 7 pixels near the middle of a cell."""
-    x, y = left + CELL // 2 - 2 + rng.randint(-6, 6), top + CELL // 2 - 3 + rng.randint(-6, 6)
+def _print(pixels: np.ndarray, letter: str, left: int, top: int, rng: random.Random) -> tuple[int, int]:
+    """Put a letter of 5 by 7 pixels into the middle of one of a cell's four inner spots; return the spot's row and column."""
+    row, column = rng.randint(1, 2), rng.randint(1, 2)
+    x, y = left + column * SPOT + 5 + rng.randint(-1, 1), top + row * SPOT + 4 + rng.randint(-1, 1)
     ink = rng.randint(0, 110)
     dots = np.array([[dot == "1" for dot in line] for line in LETTERS[letter]])
     height, width = dots.shape
     pixels[y : y + height, x : x + width][dots] = ink
+    return row, column
 
 
 def question_about(row: int, column: int) -> str:
