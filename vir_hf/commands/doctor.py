@@ -1,4 +1,4 @@
-"""`vir-hf doctor`: what this machine has, and the proof that fast batches equal single rows on the user's own model."""
+"""`vir-hf doctor`: what this machine has, what a checkpoint is, and the proof that fast batches equal single rows."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib import metadata, util
 from typing import Any
 
+from vir_hf import __version__
 from vir_hf.commands.outputs import add_json, add_overwrite, recipe_inputs, refuse_outputs, write_json
 from vir_hf.recipe.load import RecipeArgumentParser, recipe_from
 
@@ -24,6 +25,7 @@ _PACKAGES = (
     "flash_attn",
     "simplejpeg",
     "numba",
+    "gguf",
 )
 
 
@@ -31,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Return 0 if everything looked at is well, 1 if batches differ from single rows."""
     parser = RecipeArgumentParser(
         prog="vir-hf doctor",
-        description="Show what this machine has. With a recipe (experiment=NAME data.data_path=...) also prove, on its model, "
+        description="Show what this machine has. With a CHECKPOINT also say what it is, which tools open it as it stands and "
+        "which export makes the others do so. With a recipe (experiment=NAME data.data_path=...) also prove, on its model, "
         "processor and rows in fp32, that padding-free batches with shared prefixes have the loss and the gradients of the "
         "rows one at a time.",
     )
@@ -40,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_overwrite(parser)
     options = parser.parse_args(argv)
     recipe = None
+    if len(options.overrides) == 1 and "=" not in options.overrides[0]:
+        return look_at(options.overrides[0], options)
     if options.overrides or options.recipe:
         recipe = recipe_from(options)
     inputs = [] if recipe is None else recipe_inputs(recipe, options.recipe)
@@ -51,6 +56,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         show(findings)
     write_json(options.json, findings)
     return 0 if all(entry["is_exact"] for entry in findings.get("comparisons", [])) else 1
+
+
+def look_at(checkpoint: str, options: Any) -> int:
+    """Print what a checkpoint is and who opens it; return the exit code."""
+    from vir_hf.exporting.identify import as_block, identify
+
+    refuse_outputs([("--json", options.json)], [checkpoint], overwrite=options.overwrite)
+    findings, versions = identify(checkpoint), {"vir_hf": __version__, **machine()}
+    write_json(options.json, {"machine": versions, **dataclasses.asdict(findings)})
+    if options.json == "-":
+        return 0
+    print(f"{checkpoint}: {findings.what}")
+    for name, value in {**findings.facts, **findings.fingerprints}.items():
+        print(f"  {name:<16} {value}")
+    print("opened as it stands by:")
+    for opening in findings.openings:
+        print(f"  {opening.tool:<18} {'yes' if opening.opens else 'no ':<4} {opening.how}")
+    print(f"\n{as_block({'checkpoint': findings.what, **versions})}")
+    return 0
 
 
 def machine() -> dict[str, Any]:
