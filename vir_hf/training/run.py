@@ -94,12 +94,7 @@ def _train(recipe: Recipe, signals: StopOnSignal, callbacks: Sequence[TrainerCal
         ),
         is_main=is_main,
     )
-    starts_anew = False
-    if point is not None:
-        compatibility.check_identity(point, identity)
-        starts_anew = consolidated.load_if_needed(
-            model, point, arguments.world_size, is_deepspeed=arguments.deepspeed_plugin is not None
-        )
+    starts_anew = _continue_from(point, model, identity, arguments)
     trainer = LlavaTrainer(
         model=model,
         args=arguments,
@@ -123,6 +118,15 @@ def _train(recipe: Recipe, signals: StopOnSignal, callbacks: Sequence[TrainerCal
     if is_main:
         checkpoints.run_folder(arguments.output_dir).write_json(checkpoints.METRICS, metrics)
     return metrics
+
+
+def _continue_from(point: resume.ResumePoint | None, model: Any, identity: dict[str, Any], arguments: Any) -> bool:
+    """Hold a run to the checkpoint it goes on from, and load what only we can; return whether the optimizer starts anew."""
+    if point is None:
+        return False
+    compatibility.check_identity(point, identity)
+    is_deepspeed = arguments.deepspeed_plugin is not None
+    return consolidated.load_if_needed(model, point, arguments.world_size, is_deepspeed=is_deepspeed)
 
 
 def _fit(
