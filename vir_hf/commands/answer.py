@@ -132,8 +132,7 @@ def _answer_one(arguments: argparse.Namespace) -> int:
 
 
 def _answer_file(arguments: argparse.Namespace) -> int:
-    from tqdm.auto import tqdm
-
+    from vir_hf.console import Progress
     from vir_hf.images.folder import ImageFolder
     from vir_hf.using.questions import answered_ids, read_questions
 
@@ -151,18 +150,18 @@ def _answer_file(arguments: argparse.Namespace) -> int:
     if pending:
         folder = ImageFolder(arguments.image_folder or str(Path(arguments.input).resolve().parent))  # listed once
         answerer = load_answerer(arguments)
-        bar = tqdm(total=len(rows), initial=len(rows) - len(pending), unit="row", dynamic_ncols=True)
-        with bar, files.appending(output) as file:
+        progress = Progress(len(rows), "answering", "row", initial=len(rows) - len(pending))
+        with progress, files.appending(output) as file:
             for batch in _batches(pending, arguments.batch_size):
                 prompts, failures = _encode(answerer, batch, folder, arguments.system)
                 for failure in failures:
-                    bar.write(failure, file=sys.stderr)
+                    progress.report(failure)
                 num_failed += len(failures)
                 texts = answerer.answer_prompts([prompt for _, prompt in prompts], **options) if prompts else []
                 for (row, _), text in zip(prompts, texts, strict=True):
                     file.write(json.dumps({"id": row["id"], "answer": text}, ensure_ascii=False) + "\n")
                 file.flush()
-                bar.update(len(batch))
+                progress.update(len(batch))
     print(f"{len(rows) - num_failed} of {len(rows)} answered, in {output}", file=sys.stderr)
     if num_failed:
         print(f"{num_failed} could not be; mend them and run the same command again", file=sys.stderr)

@@ -10,6 +10,7 @@ import os
 import platform
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,7 @@ from vir_hf.batches.planning import measure_rows, plan_steps
 from vir_hf.batches.sampling import RowSize, StepSampler
 from vir_hf.batches.streaming import StreamPlan, plan_stream
 from vir_hf.budget import plan as memory
+from vir_hf.console import RunLog, conclude, duration, rendered, say
 from vir_hf.curation.image_check import leave_out_broken_pictures
 from vir_hf.data.located import MIXTURE, BadRow, BadRowPolicy
 from vir_hf.data.sources import load_recipe_rows, share_of_stream
@@ -63,15 +65,15 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> dict[str
     rules.check(recipe)  # one made or changed in Python has not been through `load_recipe`
     repo_id = hub.name_for(recipe) if recipe.training.push_to_hub else None
     signals = StopOnSignal()
-    with signals.installed():
-        metrics = _train(recipe, signals, callbacks)
+    with signals.installed(), RunLog() as log:
+        metrics = _train(recipe, signals, callbacks, log)
     if repo_id is not None and os.environ.get("RANK", "0") == "0":
         private = bool(recipe.training.hub_private_repo)
-        print(hub.push_run(recipe.training.output_dir, repo_id, private=private).url)
+        conclude(hub.push_run(recipe.training.output_dir, repo_id, private=private).url)
     return metrics
 
 
-def _train(recipe: Recipe, signals: StopOnSignal, callbacks: Sequence[TrainerCallback]) -> dict[str, Any]:
+def _train(recipe: Recipe, signals: StopOnSignal, callbacks: Sequence[TrainerCallback], log: RunLog) -> dict[str, Any]:
     engine_check.avoid_compiling(use_cpu=bool(recipe.training.use_cpu))
     recipe = fit_to_language_model(recipe)
     precision = precision_of(recipe)
@@ -143,9 +145,11 @@ def _train(recipe: Recipe, signals: StopOnSignal, callbacks: Sequence[TrainerCal
     trainer.remove_callback(PrinterCallback)
     engine = resume.together(lambda: engine_check.check(trainer.accelerator, engine_check.asked_for()))
     if is_main:
-        print(engine_check.first_line(engine, sampler.rows_per_step, trainer.args.device), flush=True)
+        say(engine_check.first_line(engine, sampler.rows_per_step, trainer.args.device))
     resume.together(lambda: preflight.check_run(trainer))
     resume.together(lambda: resume.let_go_of_earlier_run(recipe, point) if is_main else None)
+    if is_main:
+        log.open(Path(arguments.output_dir) / "train.log")
     with consolidated.optimizer_starts_anew() if starts_anew else contextlib.nullcontext():
         trainer.train(resume_from_checkpoint=None if point is None else str(point.path))
     if signals.received is not None and trainer.state.global_step < trainer.state.max_steps:
@@ -157,6 +161,7 @@ def _train(recipe: Recipe, signals: StopOnSignal, callbacks: Sequence[TrainerCal
     trainer.save_final(precision.dtype)
     if trainer.is_world_process_zero():
         checkpoints.run_folder(arguments.output_dir).write_json(checkpoints.METRICS, metrics)
+    log.add(f"done: {metrics['num_steps']} steps in {duration(metrics['seconds'])}")
     return metrics
 
 
@@ -177,7 +182,7 @@ def keeps_elsewhere(arguments: Any) -> bool:
 def report_audit(model: Any, recipe: Recipe, precision: str) -> None:
     """Print what is loaded and what learns, and save it as `audit.json`."""
     lines = audit_model(model, recipe)
-    print_audit(lines, precision)
+    say(rendered(lambda console: print_audit(lines, precision, console)))
     output = checkpoints.run_folder(recipe.training.output_dir)
     output.write_json(checkpoints.AUDIT, audit_as_dict(lines, precision))
 
