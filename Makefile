@@ -11,11 +11,12 @@ SOURCES := vir_hf tests $(wildcard benchmarks) $(wildcard spaces)
 
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart test check lint types compile browser drills families distributed newest engines wheel repository clean
+.PHONY: help quickstart test long check lint types compile browser drills families distributed newest engines wheel repository clean
 
 help:
 	@echo "make quickstart   train a tiny model on drawn pictures, in minutes, without a GPU or a download"
 	@echo "make test         run the tests"
+	@echo "make long         the proofs that take minutes: the quickstart at full size, every kind of card, memory that stays flat"
 	@echo "make check        lint, format, types, syntax on every Python at hand, tests"
 	@echo "make browser      every control of the demo in a headless Chromium"
 	@echo "make drills       the long fault drills"
@@ -32,6 +33,9 @@ quickstart: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
+
+long: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m long $(PYTEST_ARGS)
 
 check: lint types compile test
 

@@ -214,6 +214,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
+@pytest.mark.long
 def test_memory_does_not_grow_with_embedded_pictures(tmp_path: Path, dataset):
     def picture(number: int) -> bytes:  # a sound file of 343 KiB whose header is all that is read
         data = png(number)

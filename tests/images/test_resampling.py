@@ -130,7 +130,11 @@ def test_kernels_work_where_nothing_can_be_kept(tmp_path: Path) -> None:
     assert done.stdout.strip() == "exact", done.stderr
 
 
-@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[: len(data) // 2]], ids=["empty", "half"])
+@pytest.mark.parametrize(
+    "damage",
+    [pytest.param(lambda data: b"", marks=pytest.mark.long), lambda data: data[: len(data) // 2]],
+    ids=["empty", "half"],
+)
 def test_a_damaged_cache_is_compiled_around(tmp_path: Path, damage) -> None:
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-c", "from vir_hf import resampling; print(resampling.obstacle())"]

@@ -107,7 +107,9 @@ def commands(card: str) -> list[list[str]]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[] if kind == "adapter" else pytest.mark.long) for kind in KINDS]
+)
 def test_everything_a_card_says_to_do_works(
     kind: str, runs: Callable[[str], Path], tiny_parts: Path, server: minihub.Hub, tmp_path: Path
 ) -> None:

@@ -250,12 +250,12 @@ def offline(server: minihub.Hub) -> dict[str, str | None]:
     [
         (no_token, "user/tiny", "not logged in. Run `hf auth login`"),
         (wrong_token, "user/tiny", "does not take this token"),
-        (read_only, "user/tiny", "may not write there"),
+        pytest.param(read_only, "user/tiny", "may not write there", marks=pytest.mark.long),
         (taken, "user/tiny", "the name is taken"),
-        (public_already, "user/tiny", "exists and is public"),
-        (full, "user/tiny", "the storage of this account is used up"),
-        pytest.param(cut, "user/tiny", "the connection was cut", marks=pytest.mark.slow),  # the client tries for 20 s
-        (nobody_there, "user/tiny", "the connection was cut"),
+        pytest.param(public_already, "user/tiny", "exists and is public", marks=pytest.mark.long),
+        pytest.param(full, "user/tiny", "the storage of this account is used up", marks=pytest.mark.long),
+        pytest.param(cut, "user/tiny", "the connection was cut", marks=pytest.mark.long),  # the client tries for 20 s
+        pytest.param(nobody_there, "user/tiny", "the connection was cut", marks=pytest.mark.long),
         (offline, "user/tiny", "HF_HUB_OFFLINE=1"),
         (None, "somebody/tiny", "may not write there"),
     ],

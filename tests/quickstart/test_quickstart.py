@@ -378,7 +378,7 @@ def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path
         run_quickstart(recipe)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_the_real_command_learns_to_see(tmp_path: Path) -> None:
     """At full size, as a user types it. How long it may take is a promise of the README, not of a test on a shared machine."""

@@ -211,6 +211,7 @@ sys.exit(code)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs Linux's count of a process's peak memory")
+@pytest.mark.long
 @pytest.mark.parametrize("command", ["evaluate", "answer"])
 def test_memory_does_not_grow_with_the_rows(command: str, tiny_run: Path, tmp_path: Path) -> None:
     """Kept decoded, 100 pictures of this size are 72 MiB and 1,000 are 715."""
