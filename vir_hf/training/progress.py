@@ -81,7 +81,7 @@ def _other_line(logs: dict[str, Any], state: TrainerState) -> str:
     parts = []
     for name, value in shown.items():
         words = name.removeprefix("eval_").removeprefix("train_").replace("_", " ")
-        if name == "epoch":
+        if name in ("epoch", "total_flos"):  # upstream's count knows nothing of a vision tower
             continue
         if name.endswith("_runtime"):
             parts.append(f"took {duration(value)}")
