@@ -19,6 +19,8 @@ from vir_hf.training.trainer import LlavaTrainer
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "vir_hf").rglob("*.py"))
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
+# Our trainer and the classes of ours that it is made of.
+OURS = [cls for cls in LlavaTrainer.__mro__ if cls.__module__.startswith("vir_hf.")]
 # Private by their form, but documented.
 DOCUMENTED = {"_replace": "typing.NamedTuple", "_exit": "os"}
 
@@ -126,9 +128,11 @@ def test_no_private_name_of_a_library_is_used_that_the_list_does_not_hold() -> N
 def test_every_private_part_of_the_trainers_that_our_trainer_replaces_or_sets_is_listed() -> None:
     upstream = inspect.getsource(transformers.Trainer) + inspect.getsource(trl.SFTTrainer)
     theirs = set(re.findall(r"(?:def |self\.)(_[a-z]\w*)", upstream))
-    (path,) = [path for path in SOURCES if path.name == "trainer.py"]
-    used = {node.attr for node in ast.walk(TREES[path]) if isinstance(node, ast.Attribute) and is_private(node.attr)}
-    used |= {node.name for node in ast.walk(TREES[path]) if isinstance(node, ast.FunctionDef) and is_private(node.name)}
+    nodes = [
+        node for cls in OURS for node in ast.walk(ast.parse(Path(inspect.getfile(cls)).read_text(encoding="utf-8")))
+    ]
+    used = {node.attr for node in nodes if isinstance(node, ast.Attribute) and is_private(node.attr)}
+    used |= {node.name for node in nodes if isinstance(node, ast.FunctionDef) and is_private(node.name)}
     assert used & theirs <= {entry.name for entry in RELIED_ON}
 
 
@@ -139,7 +143,9 @@ def test_the_list_holds_nothing_that_is_not_used() -> None:
 
 def test_every_replaced_method_names_the_test_that_fails_without_it() -> None:
     upstream = set(dir(trl.SFTTrainer))
-    assert set(BEHAVIOUR) == {name for name in vars(LlavaTrainer) if name in upstream and not name.startswith("__")}
+    assert set(BEHAVIOUR) == {
+        name for cls in OURS for name in vars(cls) if name in upstream and not name.startswith("__")
+    }
     for place in BEHAVIOUR.values():
         name, _, test = place.partition("::")
         (file,) = (ROOT / "tests").rglob(name)

@@ -16,13 +16,13 @@ PACKAGE = ROOT / "vir_hf"
 # Modules that import a heavy library, anywhere in their source; annotations alone do not count.
 DOORS = {
     "datasets": {"data.sources", "data.cache"},
-    "trl": {"training.trainer"},
+    "trl": {"training.arguments", "training.step"},
     "peft": {
         "model.adapters",
         "kernels.fused_lora",
         "model.build",
         "model.merging",
-        "training.resume",
+        "training.state",
         "model.trainable",
     },
     "gradio": set(),  # spaces/app.py, which `commands.demo` loads as a file
@@ -295,10 +295,10 @@ WRITERS = {
     "budget.changes": {"save": "a recipe into a temporary folder"},
     "using.evaluation": {"save": "a picture into a temporary name of `files`"},
     "model.projector_files": {"save_file": "into a temporary name of `files`"},
-    "training.resume": {"save_file": "into a temporary name of `files`"},
+    "training.state": {"save_file": "into a temporary name of `files`"},
     "training.safeguards": {"torch.save": "into a temporary name of `files`"},
     "data.cache": {"pa.OSFile": "into a temporary name of `files`", "mkdir": "the cache's own folder"},
-    "training.trainer": {
+    "training.checkpointing": {
         "torch.save": "into a checkpoint's staging folder",
         "save": "a recipe, which `files` writes",
     },

@@ -351,7 +351,7 @@ def collected_errors(folder: str) -> list[tuple[str, int]]:
 
 
 def _without_rank(message: str) -> str:
-    """What `resume.together` tells the other ranks, as the rank it failed on says it."""
+    """What `ranks.together` tells the other ranks, as the rank it failed on says it."""
     head, _, rest = message.partition("error: rank ")
     number, colon, text = rest.partition(": ")
     return f"error: {text}" if not head and colon and number.isdigit() else message

@@ -14,7 +14,8 @@ from vir_hf.batches.streaming import StepStream, plan_stream
 from vir_hf.data.sources import load_recipe_rows, share_of_stream
 from vir_hf.model.build import choose_precision, load_model_and_processor
 from vir_hf.recipe.load import load_recipe
-from vir_hf.training.run import make_collator, train
+from vir_hf.training.inputs import make_collator
+from vir_hf.training.run import train
 
 STREAMED = {"data.streaming": "true", "training.max_steps": 4}
 

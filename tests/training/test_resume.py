@@ -25,10 +25,11 @@ from transformers import TrainerCallback
 from vir_hf.data.sources import load_llava_dataset
 from vir_hf.errors import RecipeError, RunError
 from vir_hf.recipe.load import Recipe, load_recipe
-from vir_hf.training import checkpoints, resume
+from vir_hf.training import checkpoints, compatibility
 from vir_hf.training import run as training
 from vir_hf.training.run import train
 from vir_hf.training.signals import RunStopped
+from vir_hf.training.state import reading_no_code
 
 KINDS = {
     "full": ["lora=none", "quantization=none", "trainable.language_model=full"],
@@ -193,7 +194,7 @@ def test_a_longer_run_may_go_on_where_the_rate_is_constant(tiny_parts: Path, tmp
 def test_every_recipe_key_is_free_rounding_or_refused(tiny_parts: Path, tmp_path: Path) -> None:
     recipe = recipe_for(tiny_parts, tmp_path, "full")
     kinds = {
-        key: resume._kind_of(key, recipe)
+        key: compatibility._kind_of(key, recipe)
         for key in (
             "training.output_dir",
             "training.dataloader_num_workers",
@@ -242,7 +243,7 @@ def fingerprint_of(root: Path, names: list[str], contents: dict[str, bytes] | No
         rows = [{"id": str(n), "image": picture, "conversations": turns} for n, picture in enumerate(pictures)]
         path = root / "rows.parquet"
         datasets.Dataset.from_list(rows).to_parquet(path)
-    return resume.data_fingerprint(load_llava_dataset(path, decode_images=False))
+    return compatibility.data_fingerprint(load_llava_dataset(path, decode_images=False))
 
 
 def test_rows_that_show_another_picture_of_the_same_name_are_other_rows(tmp_path: Path) -> None:
@@ -259,7 +260,7 @@ def test_rows_that_show_another_picture_of_the_same_name_are_other_rows(tmp_path
         for name in names:
             archive.write(tmp_path / "moved" / name, name)
     packed = load_llava_dataset(tmp_path / "moved" / "rows.json", tmp_path / "pictures.zip", decode_images=False)
-    assert resume.data_fingerprint(packed) == before  # moved into an archive
+    assert compatibility.data_fingerprint(packed) == before  # moved into an archive
     other = [names[0], names[2], names[1]]
     assert fingerprint_of(tmp_path / "moved", other) != before
 
@@ -441,7 +442,7 @@ def test_a_pickle_that_runs_code_is_not_read(
         (folder / name).write_bytes(whole)
         manifest["files"][name] = {"bytes": len(whole), "sha256": checkpoints.sha256(folder / name)}
         (folder / "manifest.json").write_text(json.dumps(manifest))
-    with resume.reading_no_code():  # as DeepSpeed reads its own
+    with reading_no_code():  # as DeepSpeed reads its own
         torch.save(RunsCode(), tmp_path / "engine.pt")
         with pytest.raises(pickle.UnpicklingError):
             torch.load(tmp_path / "engine.pt", weights_only=False)

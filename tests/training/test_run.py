@@ -18,7 +18,7 @@ from vir_hf import DataError, LlavaDataCollator, RecipeError, build
 from vir_hf.data.sources import load_recipe_rows
 from vir_hf.recipe.load import load_recipe
 from vir_hf.training.run import train
-from vir_hf.training.trainer import compact_supervised
+from vir_hf.training.step import compact_supervised
 
 FULL = {"quantization": "none", "lora": "none", "trainable.language_model": "full", "model.dtype": "float32"}
 

@@ -16,7 +16,7 @@ from unittest import mock
 from torch import nn
 
 from vir_hf.errors import RunError
-from vir_hf.training.resume import copy_in, load_weights
+from vir_hf.training.state import copy_in, load_weights
 
 if TYPE_CHECKING:
     from vir_hf.training.resume import ResumePoint

@@ -121,7 +121,7 @@ def running(accelerator: Any) -> Engine:
 
 
 def check(accelerator: Any, asked: Engine | None) -> Engine:
-    """Return what runs; every rank must ask, and `resume.together` stops them all where one is told otherwise.
+    """Return what runs; every rank must ask, and `ranks.together` stops them all where one is told otherwise.
 
     Raises:
         RecipeError: what runs is not what was asked for; it names both.

@@ -14,7 +14,7 @@ from vir_hf.kernels.fused_head import score
 from vir_hf.kernels.fused_lora import fuse_lora
 from vir_hf.kernels.lean_layers import make_lean
 from vir_hf.rows.encoding import IGNORE
-from vir_hf.training.trainer import compact_supervised
+from vir_hf.training.step import compact_supervised
 
 TOLERANCE = 1e-5
 OUR_LAYERS = "the same with fused LoRA, lean layers and the fused head"

@@ -15,7 +15,8 @@ import torch
 from vir_hf import files
 from vir_hf.errors import RecipeError
 from vir_hf.recipe.requirements import check_requirements, check_tracker_packages, trackers_of
-from vir_hf.training import checkpoints, resume
+from vir_hf.training import checkpoints
+from vir_hf.training.state import random_states, set_random_states
 
 if TYPE_CHECKING:
     from vir_hf.recipe.load import Recipe
@@ -162,13 +163,13 @@ def check_run(trainer: LlavaTrainer) -> None:
     check_generation_config(trainer.model)
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         return
-    states = resume.random_states()
+    states = random_states()
     try:
         _try_backward(trainer)
         if trainer.args.should_save:
             _try_saving(trainer)
     finally:
-        resume.set_random_states(states)
+        set_random_states(states)
 
 
 def check_generation_config(model: Any) -> None:
