@@ -57,7 +57,7 @@ COMMANDS = {
     "plan": Command("vir_hf.commands.plan", "memory and time a recipe needs, before any download"),
     "recipes": Command("vir_hf.commands.recipes", "list the experiments, with stage and hardware"),
     "data": Command("vir_hf.commands.data", "check, inspect, prepare and cache a data set"),
-    "chat": Command("vir_hf.commands.chat", "talk to a model about pictures in the terminal"),
+    "chat": Command("vir_hf.commands.chat", "talk to a model about images in the terminal"),
     "answer": Command("vir_hf.commands.answer", "answer one question, or a file of them"),
     "demo": Command("vir_hf.commands.demo", "open the demo in a browser, on this machine"),
     "evaluate": Command("vir_hf.commands.evaluate", "measure a run on held-out rows, before and after tuning"),

@@ -1,4 +1,4 @@
-"""`vir-hf answer`: one question about pictures, or a file of them."""
+"""`vir-hf answer`: one question about images, or a file of them."""
 
 from __future__ import annotations
 
@@ -36,12 +36,10 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("model", help="a run's folder, a checkpoint, an adapter or a Hub id")
     parser.add_argument("question", nargs="?", help="the question")
-    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; repeat for several")
+    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="an image; repeat for several")
     parser.add_argument("--input", metavar="ROWS", help="a .jsonl or .json file of questions")
     parser.add_argument("--output", metavar="FILE", help='where to write the answers, one {"id", "answer"} a line')
-    parser.add_argument(
-        "--image-folder", metavar="DIR", help="where the rows' pictures lie; beside the rows by default"
-    )
+    parser.add_argument("--image-folder", metavar="DIR", help="where the rows' images lie; beside the rows by default")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="questions computed together (8)")
     add_model_arguments(parser)
     add_generation_arguments(parser)
@@ -104,7 +102,7 @@ def load_answerer(arguments: argparse.Namespace) -> Answerer:
 
 
 def check_pictures(paths: Iterable[str]) -> None:
-    """Open every picture, so that a wrong name is answered before a model is loaded.
+    """Open every image, so that a wrong name is answered before a model is loaded.
 
     Raises:
         DataError: the first that cannot be opened.
