@@ -152,7 +152,7 @@ def test_a_timeout_ends_an_answer_after_its_current_token(answerer: Answerer) ->
 
 
 def test_sampling_is_what_the_call_says_not_what_the_checkpoint_says(tiny_run: Path, images: list[str]) -> None:
-    from vir_hf.model.build import load_run
+    from vir_hf.model.for_use import load_run
 
     model, processor = load_run(str(tiny_run), device="cpu")
     model.generation_config.do_sample, model.generation_config.temperature = True, 5.0

@@ -20,7 +20,8 @@ DOORS = {
     "peft": {
         "model.adapters",
         "kernels.fused_lora",
-        "model.build",
+        "model.for_use",
+        "model.precision",
         "model.merging",
         "training.state",
         "model.trainable",
@@ -274,7 +275,7 @@ WRITERS = {
         "write_text": "over what `save_pretrained` has just written there",
         "shutil.copyfile": "the tokenizer's own file beside it, where there is none",
     },
-    "model.build": {"save_pretrained": "into a staging folder of `files`"},
+    "model.for_training": {"save_pretrained": "into a staging folder of `files`"},
     "curation.image_check": {"pq.write_table": "into memory"},
     "model.merging": {
         "save_pretrained": "into a staging folder of `files`",

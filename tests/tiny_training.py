@@ -28,7 +28,8 @@ def recipe_for(root: Path, output_dir: Path, **changes: object) -> Any:
 
 def load(root: Path, output_dir: Path, **changes: object) -> tuple[Any, Any, Any]:
     """Model, processor and recipe, before anything is frozen."""
-    from vir_hf.model.build import choose_precision, load_model_and_processor
+    from vir_hf.model.for_training import load_model_and_processor
+    from vir_hf.model.precision import choose_precision
 
     recipe = recipe_for(root, output_dir, **changes)
     model, processor = load_model_and_processor(recipe, choose_precision(recipe.model.dtype))

@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from vir_hf.llava.modeling_llava import LlavaForCausalLM
     from vir_hf.llava.processing_llava import LlavaProcessor
     from vir_hf.model.build import build
-    from vir_hf.rows.encoding import encode_row, to_messages
+    from vir_hf.rows.encoding import encode_row
+    from vir_hf.rows.messages import to_messages
 
 
 def __getattr__(name: str) -> Any:

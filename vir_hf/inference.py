@@ -147,7 +147,7 @@ class Answerer:
         Raises:
             RecipeError: nothing that can be loaded lies there.
         """
-        from vir_hf.model.build import load_run
+        from vir_hf.model.for_use import load_run
 
         model, processor = load_run(
             adapter or name,

@@ -12,7 +12,8 @@ from PIL import Image
 from vir_hf import DataError, RecipeError
 from vir_hf.batches.planning import measure_rows, plan_steps
 from vir_hf.data.sources import load_recipe_rows
-from vir_hf.model.build import choose_precision, load_model_and_processor
+from vir_hf.model.for_training import load_model_and_processor
+from vir_hf.model.precision import choose_precision
 from vir_hf.recipe.load import load_recipe
 from vir_hf.recipe.rules import global_batch_size
 from vir_hf.training.run import train

@@ -12,7 +12,8 @@ import tiny
 from vir_hf.batches.planning import measure_rows
 from vir_hf.batches.streaming import StepStream, plan_stream
 from vir_hf.data.sources import load_recipe_rows, share_of_stream
-from vir_hf.model.build import choose_precision, load_model_and_processor
+from vir_hf.model.for_training import load_model_and_processor
+from vir_hf.model.precision import choose_precision
 from vir_hf.recipe.load import load_recipe
 from vir_hf.training.inputs import make_collator
 from vir_hf.training.run import train

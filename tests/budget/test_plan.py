@@ -28,7 +28,8 @@ from vir_hf.data.statistics import DatasetStatistics, estimate_statistics
 from vir_hf.errors import DataError, RecipeError
 from vir_hf.kernels import lean_layers
 from vir_hf.kernels.lean_layers import make_lean
-from vir_hf.model.build import choose_precision, load_model_and_processor
+from vir_hf.model.for_training import load_model_and_processor
+from vir_hf.model.precision import choose_precision
 from vir_hf.model.trainable import make_trainable
 from vir_hf.recipe.load import Recipe, load_recipe
 

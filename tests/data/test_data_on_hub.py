@@ -109,7 +109,8 @@ def test_models_of_a_recipe_are_fetched(server: minihub.Hub, tiny_parts: Path, t
 REVISION = """
 import json, sys
 from vir_hf.data.statistics import _token_counter
-from vir_hf.model.build import choose_precision, load_model_and_processor
+from vir_hf.model.for_training import load_model_and_processor
+from vir_hf.model.precision import choose_precision
 from vir_hf.recipe.load import load_recipe
 from vir_hf.model.row_processor import load_recipe_processor
 from vir_hf.budget.shapes import load_configs

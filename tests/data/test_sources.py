@@ -20,7 +20,7 @@ from vir_hf.data.located import BadRow, BadRowPolicy, _ordinary_row
 from vir_hf.data.sources import _without_decoding, load_llava_dataset, load_sources, mixture_counts
 from vir_hf.errors import DataError, ImageError, RecipeError
 from vir_hf.images.archives import _open_archive
-from vir_hf.rows.encoding import to_messages
+from vir_hf.rows.messages import to_messages
 
 
 @pytest.fixture(autouse=True)

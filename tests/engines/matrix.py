@@ -28,7 +28,7 @@ def our_answers(folder: Path, cases: list[dict[str, str]]) -> list[str]:
     import torch
     from PIL import Image
 
-    from vir_hf.model.build import load_run
+    from vir_hf.model.for_use import load_run
 
     model, processor = load_run(folder, dtype="float32", device="cpu")
     answers = []

@@ -17,10 +17,10 @@ from tiny_run import train_run
 
 from vir_hf.errors import RecipeError
 from vir_hf.llava.portable import make_portable, rope_in_old_words
-from vir_hf.model.build import load_processor, load_run
+from vir_hf.model.for_use import load_processor, load_run
 from vir_hf.model.merging import merge_run
 from vir_hf.model.projector_files import read_projector
-from vir_hf.publishing import hub
+from vir_hf.publishing.repository import write_repository
 
 WEIGHTS = ("model.safetensors", "adapter_model.safetensors")
 
@@ -57,9 +57,9 @@ def outputs(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     folders = {"whole": whole, "adapter": adapter, "own": own, "merged": merged, "base": adapter / "base"}
     folders |= {f"checkpoint of {name}": folders[name] / "checkpoint-1" for name in ("whole", "adapter", "own")}
     for name, run in {"whole": whole, "adapter": adapter, "own": own, "merged": merged, "old": old}.items():
-        hub.write_repository(run, place / f"push-{name}", "user/name")
+        write_repository(run, place / f"push-{name}", "user/name")
         folders[f"pushed {name}"] = place / f"push-{name}"
-    hub.write_repository(adapter, place / "push-to-merge", "user/name", kind="merged")
+    write_repository(adapter, place / "push-to-merge", "user/name", kind="merged")
     folders["pushed adapter, merged"] = place / "push-to-merge"
     folders["old"] = old
     return folders
@@ -231,8 +231,8 @@ def test_an_adapter_over_a_base_of_this_machine_is_published_merged_or_not_at_al
     over_whole: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(RecipeError, match="'merged', which lies in a folder of this machine.*Add --merged"):
-        hub.write_repository(over_whole, tmp_path / "out", "user/name")
-    hub.write_repository(over_whole, tmp_path / "whole", "user/name", kind="merged")
+        write_repository(over_whole, tmp_path / "out", "user/name")
+    write_repository(over_whole, tmp_path / "whole", "user/name", kind="merged")
     assert not (tmp_path / "whole" / "adapter_config.json").exists()
 
 
@@ -241,7 +241,7 @@ def test_a_base_in_the_cache_of_the_hub_is_named_by_its_repository(over_whole: P
     snapshot = tmp_path / "hub" / "models--user--base" / "snapshots" / ("0" * 40)
     config = read(run / "adapter_config.json")
     (run / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(snapshot)}))
-    hub.write_repository(run, tmp_path / "out", "user/name")
+    write_repository(run, tmp_path / "out", "user/name")
     written = read(tmp_path / "out" / "adapter_config.json")
     assert (written["base_model_name_or_path"], written["revision"]) == ("user/base", "0" * 40)
     assert read(tmp_path / "out" / "base_fingerprint.json")["base"] == "user/base"
@@ -258,7 +258,7 @@ def test_no_folder_of_the_machine_is_in_what_is_published(
     ]
     metrics["masked_rows"] = {f"{parts}/images/2.jpg": 1}
     (run / "metrics.json").write_text(json.dumps(metrics))
-    hub.write_repository(run, tmp_path / "out", "user/name")
+    write_repository(run, tmp_path / "out", "user/name")
     written = read(tmp_path / "out" / "metrics.json")
     assert written["skipped_rows"][0]["reason"] == "1.jpg: cannot be opened, see https://a.b/c/d"
     assert written["masked_rows"] == {"2.jpg": 1}

@@ -20,9 +20,11 @@ from transformers import LlavaForConditionalGeneration, TrainerCallback
 from vir_hf.budget import estimator, hardware
 from vir_hf.errors import RecipeError
 from vir_hf.llava.projectors import PROJECTORS
-from vir_hf.model import build as loading
+from vir_hf.model import for_training, precision
 from vir_hf.model.adapters import base_of
-from vir_hf.model.build import choose_precision, describe_precision, load_run
+from vir_hf.model.build import agree_on_tokens
+from vir_hf.model.for_use import load_run
+from vir_hf.model.precision import choose_precision, describe_precision
 from vir_hf.model.projector_files import read_projector, save_projector, to_original
 from vir_hf.model.quantization import bits_of, keep_layout
 from vir_hf.recipe.load import load_recipe
@@ -526,7 +528,7 @@ def test_all_that_choose_a_precision_choose_the_same(
         patched.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
         patched.setattr(torch.cuda, "get_device_name", lambda *_: device)
         try:
-            chosen = loading.precision_of(recipe)
+            chosen = precision.precision_of(recipe)
         except RecipeError as error:
             assert "needs a CUDA GPU" in str(error) and (use_cpu or device == "cpu")
             chosen = None
@@ -538,7 +540,7 @@ def test_all_that_choose_a_precision_choose_the_same(
         assert planned == (None if chosen is None else (chosen.dtype, chosen.autocast is not None))
         text = f"model: {{dtype: {dtype}}}\ntraining: {json.dumps(said)}\n"
         (Path(folder) / "recipe.yaml").write_text(text, encoding="utf-8")
-        served = loading._precision_of_run(folder, use_cpu)
+        served = precision.precision_of_run(folder, use_cpu)
         assert served.dtype == (torch.float32 if chosen is None else chosen.dtype)
 
 
@@ -556,8 +558,8 @@ def test_every_command_passes_the_recipes_precision_on(
     def stop(recipe: Any, precision: Any, *_: Any) -> None:
         raise Seen(precision)
 
-    monkeypatch.setattr(loading, "precision_on", lambda *_, **__: loading.Precision(torch.float16, None, flag))
-    monkeypatch.setattr(loading, "load_model_and_processor", stop)
+    monkeypatch.setattr(precision, "precision_on", lambda *_, **__: precision.Precision(torch.float16, None, flag))
+    monkeypatch.setattr(for_training, "load_model_and_processor", stop)
     monkeypatch.setattr(training, "load_model_and_processor", stop)
     overrides = tiny.training_overrides(tiny_parts, tmp_path, **{f"training.{flag}": "true"})
     with pytest.raises(Seen) as cached:
@@ -571,4 +573,4 @@ def test_a_processor_that_counts_an_images_tokens_otherwise_is_refused(tiny_part
     model, processor, _ = load(tiny_parts, tmp_path)
     processor.num_additional_image_tokens = 0
     with pytest.raises(RecipeError, match="its processor makes 3 tokens of an image, but the tower gives 4 features"):
-        loading.agree_on_tokens(model, processor)
+        agree_on_tokens(model, processor)

@@ -23,8 +23,9 @@ from transformers import (
 from vir_hf.cli import main
 from vir_hf.errors import RecipeError
 from vir_hf.llava.configuration_llava import HAS_CLASS_TOKEN, has_class_token, num_image_tokens, select_strategy
-from vir_hf.model.build import VISION_TOWERS, load_run
 from vir_hf.model.configs import check_whole_model, read_config
+from vir_hf.model.for_use import load_run
+from vir_hf.model.parts import VISION_TOWERS
 
 PART = {"model.language_model": "null", "model.vision_tower": "null"}
 # As liuhaotian/llava-v1.5-7b has it: the language model's fields at the top, and the tower by name.

@@ -104,7 +104,7 @@ def check_family(name: str, root: Path, folder: Path) -> None:
         alone = own(input_ids=ids, use_cache=False).logits
         inside = stock(input_ids=ids, use_cache=False).logits[..., : alone.shape[-1]]
     torch.testing.assert_close(inside, alone, rtol=1e-4, atol=1e-4 * float(alone.abs().max()))
-    processor = vir_hf.model.build.load_processor(folder / "run")
+    processor = vir_hf.model.for_use.load_processor(folder / "run")
     rows = vir_hf.load_llava_dataset(root / "rows.json", root / "images", decode_images=False)
     collate = vir_hf.LlavaDataCollator(processor, max_length=256, padding_free=False, share_prefixes=False)
     total, count = 0.0, 0

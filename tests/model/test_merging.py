@@ -13,8 +13,8 @@ from transformers import LlavaForConditionalGeneration
 
 from vir_hf.cli import main
 from vir_hf.errors import RecipeError
-from vir_hf.model.build import load_run
 from vir_hf.model.fingerprint import fingerprint_of
+from vir_hf.model.for_use import load_run
 from vir_hf.model.merging import merge_adapter, merge_run
 
 LEARNS_FAST: dict[str, object] = {

@@ -13,7 +13,7 @@ from tiny_training import NF4, load, logits_of, loss_of, packed_batch, recipe_fo
 from transformers import TrainerCallback
 
 from vir_hf.errors import RecipeError
-from vir_hf.model.build import load_run
+from vir_hf.model.for_use import load_run
 from vir_hf.model.projector_files import save_projector
 from vir_hf.model.trainable import make_trainable, parameter_groups
 

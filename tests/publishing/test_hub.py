@@ -23,7 +23,7 @@ from tiny_run import QUESTION, pictures, train_run
 
 from vir_hf import cli
 from vir_hf.errors import RecipeError
-from vir_hf.publishing import hub
+from vir_hf.publishing.repository import write_repository
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -94,7 +94,7 @@ def test_a_pushed_adapter_answers_the_same_with_peft_and_with_us(
 def test_a_merged_adapter_is_a_whole_model_with_the_same_answers(
     lora_run: Path, tiny_parts: Path, tmp_path: Path
 ) -> None:
-    facts = hub.write_repository(lora_run, tmp_path / "merged", "user/merged", kind="merged")
+    facts = write_repository(lora_run, tmp_path / "merged", "user/merged", kind="merged")
     assert not facts.is_adapter and not (tmp_path / "merged" / "adapter_config.json").exists()
     image = pictures(tiny_parts)[1]
     assert local_answer(tmp_path / "merged", image) == local_answer(lora_run, image)
@@ -106,7 +106,7 @@ def test_what_lies_on_the_hub_is_the_model_and_nothing_of_the_machine(tiny_run: 
     (run / "optimizer.pt").write_bytes(b"pickle")
     (run / "checkpoint-10").mkdir()
     (run / "checkpoint-10" / "model.safetensors").write_bytes(b"old")
-    hub.write_repository(run, tmp_path / "out", "user/tiny")
+    write_repository(run, tmp_path / "out", "user/tiny")
     names = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert {"README.md", "recipe.yaml", "metrics.json", "assets/loss.png", "config.json", "model.safetensors"} <= names
     assert not any(name.startswith("checkpoint") or name.endswith((".bin", ".pt")) for name in names)
@@ -151,7 +151,7 @@ def test_a_secret_or_a_path_of_the_machine_stops_a_push(
     run = copy_of(tiny_run, tmp_path)
     (run / file).write_text(text.replace("RUN", str(run)))
     with pytest.raises(RecipeError, match=re.escape(message)) as caught:
-        hub.write_repository(run, tmp_path / "out", "user/tiny")
+        write_repository(run, tmp_path / "out", "user/tiny")
     assert "a" * 34 not in str(caught.value) and "0123456789abcdef" not in str(caught.value)
 
 
@@ -162,7 +162,7 @@ def test_a_secret_in_the_weights_own_header_is_found(tiny_run: Path, tmp_path: P
     tensors = load_file(run / "model.safetensors")
     save_file(tensors, run / "model.safetensors", {"format": "pt", "token": "hf_" + "b" * 34})
     with pytest.raises(RecipeError, match="model.safetensors line 1: holds a Hugging Face token"):
-        hub.write_repository(run, tmp_path / "out", "user/tiny")
+        write_repository(run, tmp_path / "out", "user/tiny")
 
 
 def test_sample_pictures_are_published_only_under_a_named_licence(tiny_run: Path, tmp_path: Path) -> None:
@@ -171,14 +171,14 @@ def test_sample_pictures_are_published_only_under_a_named_licence(tiny_run: Path
     Image.new("RGB", (8, 8)).save(run / "samples" / "one.png")
     sample = {"image": "samples/one.png", "question": QUESTION, "before": "?", "after": "It is red."}
     (run / "samples.json").write_text(json.dumps([sample]))
-    hub.write_repository(run, tmp_path / "without", "user/tiny")
+    write_repository(run, tmp_path / "without", "user/tiny")
     assert not list((tmp_path / "without").rglob("one.png"))
     assert "It is red." in (tmp_path / "without" / "README.md").read_text()
-    hub.write_repository(run, tmp_path / "with", "user/tiny", samples_licence="cc-by-4.0")
+    write_repository(run, tmp_path / "with", "user/tiny", samples_licence="cc-by-4.0")
     assert (tmp_path / "with" / "assets" / "samples" / "one.png").is_file()
     (run / "samples.json").write_text(json.dumps([{**sample, "image": "../elsewhere.png"}]))
     with pytest.raises(RecipeError, match="does not lie in the run's folder"):
-        hub.write_repository(run, tmp_path / "escape", "user/tiny", samples_licence="cc-by-4.0")
+        write_repository(run, tmp_path / "escape", "user/tiny", samples_licence="cc-by-4.0")
 
 
 @pytest.mark.parametrize(

@@ -23,17 +23,8 @@ from transformers import AutoTokenizer, ByT5Tokenizer, LlavaImageProcessorPil, L
 import vir_hf.rows.encoding
 from vir_hf.errors import DataError, RecipeError
 from vir_hf.rows import chat_layout
-from vir_hf.rows.encoding import (
-    IGNORE,
-    PROBLEM_KINDS,
-    encode_prompt,
-    encode_row,
-    row_length,
-    row_problems,
-    stop_token_ids,
-    supervised_spans,
-    to_messages,
-)
+from vir_hf.rows.encoding import IGNORE, encode_prompt, encode_row, row_length, stop_token_ids, supervised_spans
+from vir_hf.rows.messages import PROBLEM_KINDS, row_problems, to_messages
 from vir_hf.rows.templates import TEMPLATE_NAMES, TEMPLATES, chat_template_for, image_token_of, prepare_tokenizer
 
 NUM_IMAGE_TOKENS = 5

@@ -13,7 +13,8 @@ from transformers import AutoProcessor, AutoTokenizer
 
 from vir_hf import LlavaDataCollator, LlavaProcessor, build, encode_row, load_llava_dataset
 from vir_hf.errors import DataError
-from vir_hf.rows.encoding import encode_prompt, to_messages
+from vir_hf.rows.encoding import encode_prompt
+from vir_hf.rows.messages import to_messages
 from vir_hf.rows.templates import TEMPLATES
 
 OWN = "<|image_pad|>"

@@ -26,17 +26,9 @@ from vir_hf.images.folder import ImageFolder
 from vir_hf.images.identity import picture_identity
 from vir_hf.images.opening import open_image
 from vir_hf.inference import Answerer, Question
-from vir_hf.rows.encoding import (
-    FATAL_KINDS,
-    IGNORE,
-    encode_prompt,
-    encode_row,
-    examine,
-    row_problems,
-    supervised_spans,
-    to_messages,
-)
+from vir_hf.rows.encoding import IGNORE, encode_prompt, encode_row, supervised_spans
 from vir_hf.rows.keys import unread_keys
+from vir_hf.rows.messages import FATAL_KINDS, examine, row_problems, to_messages
 from vir_hf.using.questions import question_messages
 
 

@@ -190,7 +190,7 @@ def test_the_evaluation_loss_is_the_saved_models_own(tiny_parts: Path, tmp_path:
     """Over one batch of all rows, padded, with the loss of the model's own forward pass."""
     from vir_hf import LlavaDataCollator, LlavaForCausalLM
     from vir_hf.data.sources import load_llava_dataset
-    from vir_hf.model.build import load_processor
+    from vir_hf.model.for_use import load_processor
 
     changes = {"training.max_steps": 2, "training.per_device_eval_batch_size": 12}
     metrics = train(recipe_for(tiny_parts, tmp_path, **KINDS["full"], **changes))

@@ -194,7 +194,7 @@ def test_a_longer_run_may_go_on_where_the_rate_is_constant(tiny_parts: Path, tmp
 def test_every_recipe_key_is_free_rounding_or_refused(tiny_parts: Path, tmp_path: Path) -> None:
     recipe = recipe_for(tiny_parts, tmp_path, "full")
     kinds = {
-        key: compatibility._kind_of(key, recipe)
+        key: compatibility.kind_of_change(key, recipe)
         for key in (
             "training.output_dir",
             "training.dataloader_num_workers",

@@ -37,7 +37,8 @@ def test_the_first_loss_is_the_hand_computed_one(tiny_parts: Path, tmp_path: Pat
     )
     recipe = load_recipe(overrides)
     metrics = train(recipe)
-    from vir_hf.model.build import choose_precision, load_model_and_processor
+    from vir_hf.model.for_training import load_model_and_processor
+    from vir_hf.model.precision import choose_precision
 
     torch.manual_seed(4)
     import transformers

@@ -16,7 +16,7 @@ from vir_hf.budget.layouts import LAYOUTS, Layout, bucket_bytes, gathered_bytes
 from vir_hf.budget.shapes import describe
 from vir_hf.data.statistics import DatasetStatistics
 from vir_hf.errors import RecipeError
-from vir_hf.model.build import precision_on
+from vir_hf.model.precision import precision_on
 from vir_hf.recipe.rules import global_batch_size
 
 if TYPE_CHECKING:

@@ -29,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from vir_hf.batches.features import cache_for_training
     from vir_hf.data.sources import load_recipe_rows
-    from vir_hf.model.build import load_model_and_processor, precision_of
+    from vir_hf.model.for_training import load_model_and_processor
+    from vir_hf.model.precision import precision_of
     from vir_hf.training.arguments import training_arguments
 
     precision = precision_of(recipe)

@@ -127,7 +127,7 @@ def _open(arguments: argparse.Namespace) -> tuple[Any, Any, int | None, str, dic
     inputs = [*data_inputs(path, arguments.image_folder), arguments.processor, arguments.tokenizer]
     refuse_outputs(written, inputs, overwrite=arguments.overwrite)
     if arguments.processor:
-        from vir_hf.model.build import load_processor
+        from vir_hf.model.for_use import load_processor
 
         processor = load_processor(arguments.processor, arguments.template)
     elif arguments.tokenizer:

@@ -86,8 +86,9 @@ def prove(recipe: Any, num_rows: int) -> list[dict[str, Any]]:
     import torch
 
     from vir_hf.data.sources import load_recipe_rows
-    from vir_hf.model.build import Precision, load_model_and_processor
+    from vir_hf.model.for_training import load_model_and_processor
     from vir_hf.model.language_models import fit_to_language_model
+    from vir_hf.model.precision import Precision
     from vir_hf.model.trainable import make_trainable
     from vir_hf.training.exactness import compare_ways
 

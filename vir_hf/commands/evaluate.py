@@ -137,7 +137,8 @@ def _before_tuning(run: Path, answerer: Answerer) -> Iterator[Answerer]:
         RecipeError: the run has no recipe, or its parts are not there any more.
     """
     from vir_hf.inference import Answerer
-    from vir_hf.model.build import Precision, load_model_and_processor
+    from vir_hf.model.for_training import load_model_and_processor
+    from vir_hf.model.precision import Precision
     from vir_hf.recipe.load import load_recipe
 
     if hasattr(answerer.model, "disable_adapter"):

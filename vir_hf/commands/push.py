@@ -42,13 +42,14 @@ def main(argv: list[str]) -> int:
     kind = "merged" if arguments.merged else "adapter" if arguments.adapter else "auto"
 
     from vir_hf.publishing import hub
+    from vir_hf.publishing.repository import write_repository
 
     hub.check_repo_id(arguments.repo)
     about = {"kind": kind, "licence": arguments.license, "samples_licence": arguments.include_samples}
     if arguments.dry_run:
         run = Path(arguments.run)
         folder = Path(arguments.folder) if arguments.folder else run.with_name(f"{run.resolve().name}-hub")
-        hub.write_repository(run, folder, arguments.repo, **about)
+        write_repository(run, folder, arguments.repo, **about)
         print_folder(folder)
         print(f"nothing was sent. To publish: vir-hf push {arguments.run} {arguments.repo}")
         return 0

@@ -24,16 +24,10 @@ from vir_hf.errors import DataError, ImageError, RecipeError, clipped, shown
 from vir_hf.images.folder import ImageFolder
 from vir_hf.images.identity import picture_identity
 from vir_hf.images.opening import ImageHeader, count_greys, is_misnamed, open_image, read_image_header
-from vir_hf.rows.encoding import (
-    FATAL_KINDS,
-    IGNORE,
-    PROBLEM_KINDS,
-    encode_messages,
-    encode_row,
-    examine,
-)
+from vir_hf.rows.encoding import IGNORE, encode_messages, encode_row
 from vir_hf.rows.files import RowRange, find_data_files, read_rows, split_rows
 from vir_hf.rows.keys import unread_keys
+from vir_hf.rows.messages import FATAL_KINDS, PROBLEM_KINDS, examine
 
 # Kind -> what to do. The kinds of conversations.py come first, then what only the whole data set shows.
 REMEDIES = {

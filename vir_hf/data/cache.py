@@ -39,7 +39,15 @@ _BYTES_PER_BATCH = 16 * 2**20
 _FIRST_ROWS = 16
 _BYTES_READ_AT_ONCE = 4 * 2**20
 _BYTES_MAPPED_AT_ONCE = 16 * 2**20
-_CODE = ("rows/encoding.py", "images/folder.py", "data/cache.py", "rows/files.py", "rows/keys.py", "data/located.py")
+_CODE = (
+    "rows/messages.py",
+    "rows/encoding.py",
+    "images/folder.py",
+    "data/cache.py",
+    "rows/files.py",
+    "rows/keys.py",
+    "data/located.py",
+)
 
 ROW_SCHEMA = pa.schema(
     [

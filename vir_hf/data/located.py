@@ -11,8 +11,8 @@ from typing import Any
 
 from vir_hf.errors import MAX_MESSAGE, DataError, ImageError, clipped, shown
 from vir_hf.images.folder import ImageFolder
-from vir_hf.rows.encoding import FATAL_KINDS, PLACEHOLDER, PROBLEM_KINDS, examine, is_learned, why_nothing_is_learned
 from vir_hf.rows.keys import looks_like_media, may_be_embedded, row_key_meaning, unread_keys
+from vir_hf.rows.messages import FATAL_KINDS, PLACEHOLDER, PROBLEM_KINDS, examine, is_learned, why_nothing_is_learned
 
 logger = logging.getLogger(__name__)
 

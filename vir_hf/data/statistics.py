@@ -12,8 +12,8 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from vir_hf.errors import DataError
-from vir_hf.rows.encoding import examine, is_learned
 from vir_hf.rows.files import find_data_files, read_rows
+from vir_hf.rows.messages import examine, is_learned
 
 if TYPE_CHECKING:
     from vir_hf.batches.sampling import RowSize

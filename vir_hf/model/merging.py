@@ -25,8 +25,9 @@ from vir_hf import files
 from vir_hf.errors import RecipeError
 from vir_hf.llava.modeling_llava import LlavaForCausalLM
 from vir_hf.model.adapters import BASE_FOLDER, adapter_folder
-from vir_hf.model.build import MADE_FROM, load_base, load_processor, made_from, processor_place
 from vir_hf.model.fingerprint import fingerprint_of, read_record
+from vir_hf.model.for_training import MADE_FROM, made_from
+from vir_hf.model.for_use import load_base, load_processor, processor_place
 from vir_hf.model.quantization import bits_of, is_quantized
 
 if TYPE_CHECKING:

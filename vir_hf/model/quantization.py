@@ -13,7 +13,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from vir_hf.errors import RecipeError
 
 if TYPE_CHECKING:
-    from vir_hf.model.build import Precision
+    from vir_hf.model.precision import Precision
     from vir_hf.recipe.load import Recipe
 
 logger = logging.getLogger(__name__)

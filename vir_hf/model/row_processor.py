@@ -43,7 +43,7 @@ def load_recipe_processor(recipe: Recipe) -> LlavaProcessor:
 
     wanted = recipe.model
     if wanted.name_or_path:
-        from vir_hf.model.build import load_processor
+        from vir_hf.model.for_use import load_processor
 
         return load_processor(wanted.name_or_path, wanted.template, wanted.revision)
     if not (wanted.language_model and wanted.vision_tower):

@@ -11,7 +11,8 @@ from typing import Any
 
 from vir_hf import files
 from vir_hf.errors import RecipeError
-from vir_hf.publishing.hub import Published, check_access, check_folder, check_repo_id, upload
+from vir_hf.publishing.hub import Published, check_access, check_repo_id, upload
+from vir_hf.publishing.repository import check_folder
 from vir_hf.recipe.files import packaged_directory
 
 

@@ -11,7 +11,7 @@ import torch
 from vir_hf.budget import plan as memory
 from vir_hf.errors import RecipeError
 from vir_hf.images.preprocessing import recommended_num_workers
-from vir_hf.model.build import Precision
+from vir_hf.model.precision import Precision
 
 if TYPE_CHECKING:
     from vir_hf.recipe.load import Recipe

@@ -16,7 +16,7 @@ from transformers.trainer_callback import ExportableState
 
 from vir_hf.errors import RunError
 from vir_hf.files import discard, new_folder, write_json
-from vir_hf.model.build import rounded_to
+from vir_hf.model.precision import rounded_to
 from vir_hf.model.projector_files import extract_projector, save_projector
 from vir_hf.training import checkpoints, ranks, resume
 from vir_hf.training.state import load_weights, random_states, reading_no_code, save_rest, set_random_states

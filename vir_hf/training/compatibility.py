@@ -81,7 +81,7 @@ _ROUNDING = (
     "training.activation_checkpointing",
     "training.activation_checkpointing_kwargs",
 )
-_LENGTH = ("training.max_steps", "training.num_train_epochs")
+LENGTH_KEYS = ("training.max_steps", "training.num_train_epochs")
 
 
 def recipe_changes(recipe: Recipe, saved: Path) -> dict[str, tuple[Any, Any]]:
@@ -104,8 +104,9 @@ def recipe_changes(recipe: Recipe, saved: Path) -> dict[str, tuple[Any, Any]]:
     return changes
 
 
-def _kind_of(key: str, recipe: Recipe) -> str:
-    if key in _LENGTH and _has_constant_rate(recipe):
+def kind_of_change(key: str, recipe: Recipe) -> str:
+    """Return what a changed key means for a run that goes on: `free`, `rounding` or `refused`."""
+    if key in LENGTH_KEYS and _has_constant_rate(recipe):
         return "free"
     if key in _ROUNDING:
         return "rounding"
@@ -123,7 +124,7 @@ def _has_constant_rate(recipe: Recipe) -> bool:
 def check_recipe(recipe: Recipe, saved: Path) -> None:
     """Raise if the recipe differs from a checkpoint's in a key that alters the result; say where only rounding differs."""
     changes = recipe_changes(recipe, saved)
-    refused = {key: change for key, change in changes.items() if _kind_of(key, recipe) == "refused"}
+    refused = {key: change for key, change in changes.items() if kind_of_change(key, recipe) == "refused"}
     if refused:
         listed = "; ".join(f"{key}: was {old!r}, is {new!r}" for key, (old, new) in refused.items())
         raise RecipeError(
@@ -131,7 +132,7 @@ def check_recipe(recipe: Recipe, saved: Path) -> None:
             f"values back (--recipe {saved}), or begin a new run in another training.output_dir."
         )
     for key, (old, new) in changes.items():
-        if _kind_of(key, recipe) == "rounding":
+        if kind_of_change(key, recipe) == "rounding":
             logger.warning("%s was %r, is %r: the same rows and the same mean, but not the same bits", key, old, new)
 
 

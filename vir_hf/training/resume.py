@@ -13,7 +13,7 @@ from vir_hf.training import checkpoints
 
 if TYPE_CHECKING:
     from vir_hf.recipe.load import Recipe
-from vir_hf.training.compatibility import _LENGTH, _kind_of, check_recipe, recipe_changes
+from vir_hf.training.compatibility import LENGTH_KEYS, check_recipe, kind_of_change, recipe_changes
 from vir_hf.training.ranks import rank_0
 
 logger = logging.getLogger(__name__)
@@ -135,7 +135,7 @@ def is_finished(recipe: Recipe) -> dict[str, Any] | None:
         changes = recipe_changes(recipe, output_dir / "recipe.yaml")
     except (OSError, ValueError, RecipeError):
         return None
-    is_same = not any(_kind_of(key, recipe) == "refused" or key in _LENGTH for key in changes)
+    is_same = not any(kind_of_change(key, recipe) == "refused" or key in LENGTH_KEYS for key in changes)
     if not is_same:
         return None
     damaged = checkpoints.damaged_weights(output_dir)

@@ -17,9 +17,10 @@ from vir_hf.console import RunLog, conclude, duration, say
 from vir_hf.data.located import BadRow
 from vir_hf.kernels.fused_lora import fuse_lora
 from vir_hf.kernels.lean_layers import make_lean
-from vir_hf.model.build import describe_precision, keep_base, load_model_and_processor, precision_of
+from vir_hf.model.for_training import keep_base, load_model_and_processor
 from vir_hf.model.language_models import fit_to_language_model
 from vir_hf.model.merging import merged_base
+from vir_hf.model.precision import describe_precision, precision_of
 from vir_hf.model.trainable import check_trainable, make_trainable, parameter_groups
 from vir_hf.training import checkpoints, compatibility, consolidated, engine_check, preflight, ranks, resume
 from vir_hf.training.arguments import keeps_elsewhere, training_arguments, warn_if_too_large

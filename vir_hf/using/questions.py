@@ -19,8 +19,9 @@ from vir_hf.files import cut_to
 from vir_hf.images.folder import ImageFolder
 from vir_hf.images.opening import ImageSource, open_image, read_image_header
 from vir_hf.inference import Question
-from vir_hf.rows.encoding import last_question, to_messages
+from vir_hf.rows.encoding import last_question
 from vir_hf.rows.files import lines_of, read_rows
+from vir_hf.rows.messages import to_messages
 from vir_hf.using.scoring import is_empty
 
 # The beginning of a line that `vir-hf answer` was writing when it was killed.
