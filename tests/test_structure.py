@@ -18,6 +18,8 @@ DOORS = {
     "datasets": {"data.sources", "data.cache"},
     "trl": {"training.arguments", "training.step"},
     "peft": {
+        "exporting.importing",
+        "exporting.witness",
         "model.adapters",
         "kernels.fused_lora",
         "model.for_use",
@@ -295,15 +297,35 @@ WRITERS = {
     },
     "budget.changes": {"save": "a recipe into a temporary folder"},
     "using.evaluation": {"save": "a picture into a temporary name of `files`"},
+    "using.gallery": {"save": "a picture into memory"},
     "model.projector_files": {"save_file": "into a temporary name of `files`"},
+    "exporting.adapter": {"save_pretrained": "into a staging folder of `files`"},
+    "exporting.importing": {"save_pretrained": "into a staging folder of `files`"},
+    "exporting.original": {"save_pretrained": "into a staging folder of `files`", "mkdir": "in it"},
+    "exporting.plain": {"save_pretrained": "into a staging folder of `files`"},
+    "exporting.proof": {"save_file": "into a temporary folder"},
+    "exporting.tensors": {
+        "save_file": "into a staging folder of `files`",
+        "os.replace": "between two names in it",
+    },
+    "exporting.witness": {
+        "save_file": "into the temporary folder of the process that asked",
+        "write_text": "the same; it knows nothing of this project",
+    },
     "training.state": {"save_file": "into a temporary name of `files`"},
     "training.safeguards": {"torch.save": "into a temporary name of `files`"},
+    "images.unpacked": {
+        "mkdir": "the cache's own folder",
+        "open": "into a temporary name of `files`",
+        "shutil.copyfileobj": "into a temporary name of `files`",
+    },
     "data.cache": {"pa.OSFile": "into a temporary name of `files`", "mkdir": "the cache's own folder"},
     "training.checkpointing": {
         "torch.save": "into a checkpoint's staging folder",
         "save": "a recipe, which `files` writes",
     },
     "curation.prepare": {"mkdir": "the folder it was told to fill"},
+    "training.panel": {"save": "an image into memory"},
     "training.watch": {"mkdir": "the folder of the ranks' signs", "rmdir": "the same, when it is empty"},
 }
 _METHODS = {

@@ -208,6 +208,10 @@ class Answerer:
 
     def answer_prompts(self, prompts: Sequence[Prompt], **generation: Any) -> list[str]:
         """Return the answers to encoded questions; a batch too large for the GPU's memory is halved."""
+        return [text for text, _ in self.answer_prompts_and_ends(prompts, **generation)]
+
+    def answer_prompts_and_ends(self, prompts: Sequence[Prompt], **generation: Any) -> list[tuple[str, bool]]:
+        """Return the same, each with whether the answer came to its own end, rather than to its greatest length."""
         try:
             output = self._generate(prompts, threading.Event(), None, generation)
         except torch.OutOfMemoryError:
@@ -216,11 +220,15 @@ class Answerer:
             torch.cuda.empty_cache()
             half = len(prompts) // 2
             return [
-                text for part in (prompts[:half], prompts[half:]) for text in self.answer_prompts(part, **generation)
+                one
+                for part in (prompts[:half], prompts[half:])
+                for one in self.answer_prompts_and_ends(part, **generation)
             ]
-        start = max(len(prompt.input_ids) for prompt in prompts)
-        texts = self.processor.tokenizer.batch_decode(output[:, start:], skip_special_tokens=True)
-        return [text.strip() for text in texts]
+        made = output[:, max(len(prompt.input_ids) for prompt in prompts) :]
+        stops = self.model.generation_config.eos_token_id
+        is_stop = torch.isin(made, torch.tensor(stops if isinstance(stops, list) else [stops], device=made.device))
+        texts = self.processor.tokenizer.batch_decode(made, skip_special_tokens=True)
+        return [(text.strip(), ended) for text, ended in zip(texts, is_stop.any(1).tolist(), strict=True)]
 
     def stream(
         self,
@@ -296,6 +304,10 @@ class Answerer:
         limits = StoppingCriteriaList([_StopWhen(stop, timeout_seconds)])
         output: torch.Tensor = self.model.generate(**inputs, streamer=streamer, stopping_criteria=limits, **options)
         return output
+
+    def pixels(self, images: Sequence[ImageSource]) -> torch.Tensor:
+        """Return `(num_images, 3, height, width)` as the vision tower takes them."""
+        return torch.stack([self._preprocess(image) for image in images]).to(self._pixel_dtype())
 
     def _pixel_dtype(self) -> torch.dtype:
         tower = self.model.get_submodule(_tower_name(self.model))

@@ -39,7 +39,7 @@ MOVED = {
     "row_files": "rows.files",
     "row_keys": "rows.keys",
     "sampling": "batches.sampling",
-    "scoring": "using.scoring",
+    "scoring": "scores.matching",
     "space": "publishing.space",
     "templates": "rows.templates",
     "trainable": "model.trainable",

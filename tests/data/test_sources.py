@@ -19,7 +19,7 @@ from PIL import Image
 from vir_hf.data.located import BadRow, BadRowPolicy, _ordinary_row
 from vir_hf.data.sources import _without_decoding, load_llava_dataset, load_sources, mixture_counts
 from vir_hf.errors import DataError, ImageError, RecipeError
-from vir_hf.images.archives import _open_archive
+from vir_hf.images.archives import _OPENED
 from vir_hf.rows.messages import to_messages
 
 
@@ -131,9 +131,9 @@ def test_an_archive_serves_as_image_folder(folder: Path):
     path = write(folder / "rows.json", [make_row(5)])
     dataset = load_llava_dataset(path, folder / "images.zip", decode_images=False)
     assert dataset[0]["images"][0]["path"] == f"zip://images/5.png::{(folder / 'images.zip').resolve()}"
-    _open_archive.cache_clear()
+    _OPENED.clear()
     load_llava_dataset(path, folder / "images.zip")
-    assert _open_archive.cache_info().currsize == 1, "read before workers are forked, so that each need not"
+    assert len(_OPENED) == 1, "read before workers are forked, so that each need not"
     assert load_llava_dataset(path, folder / "images.zip")[0]["images"][0].size == (13, 6)
 
 
@@ -142,7 +142,7 @@ class TestBadRows:
 
     BAD = {
         1: ({"id": "b1", "image": "nothing.png", "conversations": make_row(1)["conversations"]}, "image_missing"),
-        3: ({"id": "b3", "question": "?"}, "bad_row"),
+        3: ({"id": "b3", "says": "?"}, "bad_row"),
         5: (
             {"id": "b5", "image": "../rows.json", "conversations": make_row(1)["conversations"]},
             "image_outside_folder",

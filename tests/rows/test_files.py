@@ -155,11 +155,11 @@ class TestWhichFiles:
         assert find_data_files(tmp_path / "failed.json") == [str(tmp_path / "failed.json")]  # by its name it is read
 
     def test_what_comes_near_is_named(self, tmp_path: Path) -> None:
-        (tmp_path / "rows.csv").write_text("a,b\n")
-        with pytest.raises(DataError, match=r"It holds rows\.csv, which is not read"):
+        (tmp_path / "rows.xlsx").write_text("a,b\n")
+        with pytest.raises(DataError, match=r"It holds rows\.xlsx, which is not read"):
             find_data_files(tmp_path)
-        with pytest.raises(DataError, match=r"Did you mean .*rows\.csv"):
-            find_data_files(tmp_path / "rows.cvs")
+        with pytest.raises(DataError, match=r"Did you mean .*rows\.xlsx"):
+            find_data_files(tmp_path / "rows.xslx")
 
     @pytest.mark.parametrize("suffix", [".json.gz", ".jsonl.gz", ".jsonl.zst", ".JSONL.GZ"])
     def test_packed_files_are_read_as_they_would_be_unpacked(self, tmp_path: Path, suffix: str) -> None:

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vir_hf import files
+from vir_hf.commands.reading import add_reading, reading_of
 from vir_hf.errors import DataError, RecipeError, clipped, shown
 
 if TYPE_CHECKING:
     from vir_hf.images.folder import ImageFolder
     from vir_hf.inference import Answerer, Prompt
+    from vir_hf.rows.boxes import BoxChange
 
 _EPILOG = """\
 examples:
@@ -41,6 +43,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--output", metavar="FILE", help='where to write the answers, one {"id", "answer"} a line')
     parser.add_argument("--image-folder", metavar="DIR", help="where the rows' images lie; beside the rows by default")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="questions computed together (8)")
+    parser.add_argument(
+        "--boxes",
+        metavar="FORM",
+        help="write boxes of the answers as 'pixel xyxy', '0-1 xywh', '0-1000 cxcywh padded' ...",
+    )
+    parser.add_argument("--model-boxes", metavar="FORM", help="how the model writes them (data.boxes of its recipe)")
+    add_reading(parser)
     add_model_arguments(parser)
     add_generation_arguments(parser)
     arguments = parser.parse_intermixed_args(argv)
@@ -122,11 +131,28 @@ def _answer_one(arguments: argparse.Namespace) -> int:
         )
     options = generation_options(arguments)
     check_pictures(arguments.image)
+    change = _change_of_boxes(arguments)
     answerer = load_answerer(arguments)
+    if change is not None:  # a box is known when all of it is
+        from vir_hf.using.boxes import with_boxes_changed
+
+        text = answerer.answer(arguments.image, arguments.question, arguments.system, **options)
+        print(with_boxes_changed(text, arguments.image, change))
+        return 0
     for piece in answerer.stream(arguments.image, arguments.question, arguments.system, **options):
         print(piece, end="", flush=True)
     print()
     return 0
+
+
+def _change_of_boxes(arguments: argparse.Namespace) -> BoxChange | None:
+    if arguments.boxes is None:
+        if arguments.model_boxes is not None:
+            raise RecipeError("answer: --model-boxes goes with --boxes, which says how boxes are to be written.")
+        return None
+    from vir_hf.using.boxes import change_of_answers
+
+    return change_of_answers(arguments.adapter or arguments.model, arguments.boxes, arguments.model_boxes)
 
 
 def _answer_file(arguments: argparse.Namespace) -> int:
@@ -135,7 +161,7 @@ def _answer_file(arguments: argparse.Namespace) -> int:
     from vir_hf.using.questions import answered_ids, read_questions
 
     options = generation_options(arguments)
-    rows = read_questions(Path(arguments.input))
+    rows = read_questions(Path(arguments.input), reading_of(arguments))
     output = Path(arguments.output)
     inputs = [name for name in (arguments.input, arguments.image_folder, arguments.model, arguments.adapter) if name]
     # One that is there is gone on with, if it holds answers and nothing else.
@@ -145,6 +171,7 @@ def _answer_file(arguments: argparse.Namespace) -> int:
     if done:
         print(f"{len(rows) - len(pending)} of {len(rows)} are answered in {output} already", file=sys.stderr)
     num_failed = 0
+    change = _change_of_boxes(arguments)
     if pending:
         folder = ImageFolder(arguments.image_folder or str(Path(arguments.input).resolve().parent))  # listed once
         answerer = load_answerer(arguments)
@@ -157,6 +184,7 @@ def _answer_file(arguments: argparse.Namespace) -> int:
                 num_failed += len(failures)
                 texts = answerer.answer_prompts([prompt for _, prompt in prompts], **options) if prompts else []
                 for (row, _), text in zip(prompts, texts, strict=True):
+                    text = text if change is None else _changed(text, row, folder, change)
                     file.write(json.dumps({"id": row["id"], "answer": text}, ensure_ascii=False) + "\n")
                 file.flush()
                 progress.update(len(batch))
@@ -164,6 +192,13 @@ def _answer_file(arguments: argparse.Namespace) -> int:
     if num_failed:
         print(f"{num_failed} could not be; mend them and run the same command again", file=sys.stderr)
     return 1 if num_failed else 0
+
+
+def _changed(text: str, row: dict[str, Any], folder: ImageFolder, change: BoxChange) -> str:
+    from vir_hf.using.boxes import with_boxes_changed
+    from vir_hf.using.questions import row_question
+
+    return with_boxes_changed(text, row_question(row, folder).all_images(), change)
 
 
 def _batches(rows: list[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:

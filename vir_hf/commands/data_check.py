@@ -15,6 +15,7 @@ from rich.text import Text
 
 from vir_hf import files
 from vir_hf.commands.outputs import add_json, add_overwrite, data_inputs, recipe_inputs, refuse_outputs, write_json
+from vir_hf.commands.reading import add_reading, reading_of, recipe_reading
 from vir_hf.curation.terminal import printable
 from vir_hf.errors import RecipeError
 from vir_hf.recipe.load import RecipeArgumentParser, recipe_from
@@ -29,6 +30,7 @@ examples:
   vir-hf data check train.json --image-folder images --tokenizer lmsys/vicuna-7b-v1.5 --max-length 2048
   vir-hf data check experiment=llava15_7b_lora data.data_path=train.json data.image_folder=images
   vir-hf data check train.json --image-folder images --fix sound.json
+  vir-hf data check train.json --image-folder images --against llava_pope_test.jsonl --against-image-folder val2014
 
 exit code: 0 nothing found, 1 problems found, 2 the data cannot be read or the call is wrong.
 """
@@ -48,7 +50,7 @@ def main(argv: list[str]) -> int:
     written = [("--json", arguments.json), ("--html", arguments.html), ("--fix", arguments.fix)]
     if arguments.fix:
         written.append(("--fix", _dropped_name(arguments.fix)))
-    inputs = [*target["inputs"], *data_inputs(target["path"], target["image_folder"])]
+    inputs = [*target["inputs"], *data_inputs(target["path"], target["image_folder"]), arguments.against]
     refuse_outputs(written, inputs, overwrite=arguments.overwrite)
     with _progress_bar() as progress:
         report = check_data(
@@ -59,8 +61,11 @@ def main(argv: list[str]) -> int:
             decode=arguments.decode,
             allow_urls=target["allow_urls"],
             num_workers=arguments.num_workers,
+            reading=target["reading"],
             progress=progress,
         )
+    if arguments.against:
+        _add_contamination(report, target, arguments)
     report = without_kinds(report, arguments.ignore)
     if arguments.json != "-":
         _print(report, Console())
@@ -70,6 +75,21 @@ def main(argv: list[str]) -> int:
     if arguments.fix:
         _fix(report, arguments)
     return 1 if report.problems else 0
+
+
+def _add_contamination(report: CheckReport, target: dict[str, Any], arguments: argparse.Namespace) -> None:
+    from vir_hf.curation.checks import Problem
+    from vir_hf.curation.contamination import find_contamination
+
+    found = find_contamination(
+        target["path"],
+        target["image_folder"],
+        arguments.against,
+        arguments.against_image_folder,
+        num_workers=arguments.num_workers,
+    )
+    report.problems += [Problem(one.file, one.row, one.id, one.kind, one.detail) for one in found]
+    report.problems.sort(key=lambda problem: (report.files.index(problem.file), problem.row))
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -91,6 +111,13 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--allow-urls", action="store_true", help="do not report images that are URLs")
     parser.add_argument(
         "--ignore", action="append", default=[], metavar="KIND", help="do not report this kind; repeatable"
+    )
+    add_reading(parser, with_boxes=True)
+    parser.add_argument(
+        "--against", metavar="TEST", help="also find rows with an image or a question of this test, by what they show"
+    )
+    parser.add_argument(
+        "--against-image-folder", metavar="DIR", help="where the test's images lie; beside the test file by default"
     )
     add_json(parser, "the whole report")
     parser.add_argument("--html", metavar="FILE", help="write the report as one HTML page")
@@ -133,6 +160,7 @@ def _target(arguments: argparse.Namespace) -> dict[str, Any]:
             "processor": processor,
             "max_length": arguments.max_length,
             "allow_urls": arguments.allow_urls,
+            "reading": reading_of(arguments),
             "batch_size": arguments.batch_size or 16,
         }
     from vir_hf.model.row_processor import load_recipe_processor
@@ -155,6 +183,7 @@ def _target(arguments: argparse.Namespace) -> dict[str, Any]:
         "processor": load_recipe_processor(recipe),
         "max_length": arguments.max_length or recipe.training.max_length,
         "allow_urls": arguments.allow_urls or recipe.data.allow_urls,
+        "reading": recipe_reading(recipe),
         "batch_size": arguments.batch_size or recipe.training.per_device_train_batch_size,
     }
 
@@ -181,6 +210,10 @@ def _print(report: CheckReport, console: Console) -> None:
 
     num_bad, num_refused = len(report.bad_rows), len(report.untrainable_rows)
     console.print(f"{report.num_rows:,} rows, {len(report.rows_per_image):,} distinct images, {report.seconds:.1f} s")
+    if report.seen.shapes:
+        console.print(Text(report.seen.shapes_line()), soft_wrap=True)
+    for condition, count in report.seen.filtered.most_common():
+        console.print(Text(printable(f"data.filter: {count:,} rows left out by {condition}")), soft_wrap=True)
     figures = statistics(report)
     if figures["row_lengths"]:
         lengths = figures["row_lengths"]

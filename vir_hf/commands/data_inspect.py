@@ -15,6 +15,7 @@ from rich.text import Text
 from vir_hf import files
 from vir_hf.commands.data_check import is_recipe
 from vir_hf.commands.outputs import add_json, add_overwrite, data_inputs, recipe_inputs, refuse_outputs, write_json
+from vir_hf.commands.reading import add_reading, reading_of, recipe_reading
 from vir_hf.curation.terminal import printable
 from vir_hf.errors import DataError, RecipeError
 from vir_hf.recipe.load import RecipeArgumentParser, recipe_from
@@ -32,7 +33,7 @@ Learned tokens are green and stand between \u00ab and \u00bb; an image's tokens 
 def main(argv: list[str]) -> int:
     """Show rows; return 0, or 1 when one of them, or an image of one, cannot be trained on."""
     arguments = _parse(argv)
-    processor, rows, max_length, lead, left_out = _open(arguments)
+    processor, rows, max_length, lead, left_out, boxes = _open(arguments)
     from vir_hf.curation.inspection import as_page, as_terminal_text, inspect_row
     from vir_hf.images.folder import is_url
     from vir_hf.images.opening import open_image
@@ -63,7 +64,7 @@ def main(argv: list[str]) -> int:
             console.print()
     write_json(arguments.json, {"rows": [row.to_json() for row in shown], "errors": failed})
     if arguments.html:
-        files.write_text(arguments.html, as_page(shown, processor, lead, arguments.ids))
+        files.write_text(arguments.html, as_page(shown, processor, lead, arguments.ids, boxes))
     for reason in failed:
         print(f"error: {printable(reason)}", file=sys.stderr)
     return 1 if failed else 0
@@ -101,6 +102,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="for --random")
     parser.add_argument("--ids", action="store_true", help="show the number of every token")
     parser.add_argument("--html", metavar="FILE", help="write one HTML page with the images as the tower sees them")
+    add_reading(parser, with_boxes=True)
     add_json(parser, "the rows")
     add_overwrite(parser)
     arguments = parser.parse_args(argv)
@@ -109,8 +111,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return arguments
 
 
-def _open(arguments: argparse.Namespace) -> tuple[Any, Any, int | None, str, dict[int, Any]]:
-    """Return processor, rows, max_length, a line that says what is shown, and the rows left out, by their number in the file."""
+def _open(arguments: argparse.Namespace) -> tuple[Any, Any, int | None, str, dict[int, Any], Any]:
+    """Return processor, rows, max_length, a line that says what is shown, the rows left out by number, and the form of boxes."""
     from vir_hf.data.sources import load_llava_dataset, load_recipe_rows
     from vir_hf.model.row_processor import load_recipe_processor, make_row_processor
 
@@ -122,7 +124,9 @@ def _open(arguments: argparse.Namespace) -> tuple[Any, Any, int | None, str, dic
         recipe.data.streaming = False  # rows are chosen by number here
         rows = load_recipe_rows(recipe)
         lead = f"{' '.join(arguments.overrides) or arguments.recipe}: template {recipe.model.template}"
-        return load_recipe_processor(recipe), rows, arguments.max_length or recipe.training.max_length, lead, {}
+        boxes = recipe_reading(recipe).boxes
+        max_length = arguments.max_length or recipe.training.max_length
+        return load_recipe_processor(recipe), rows, max_length, lead, {}, boxes and boxes.written
     path = arguments.overrides[0]
     inputs = [*data_inputs(path, arguments.image_folder), arguments.processor, arguments.tokenizer]
     refuse_outputs(written, inputs, overwrite=arguments.overwrite)
@@ -138,6 +142,7 @@ def _open(arguments: argparse.Namespace) -> tuple[Any, Any, int | None, str, dic
             "--processor MODEL, or --tokenizer NAME."
         )
     bad_rows: list[Any] = []
+    reading = reading_of(arguments)
     rows = load_llava_dataset(
         path,
         arguments.image_folder,
@@ -146,10 +151,12 @@ def _open(arguments: argparse.Namespace) -> tuple[Any, Any, int | None, str, dic
         on_bad_image="skip",
         max_bad_fraction=1.0,
         bad_rows=bad_rows,
+        reading=reading,
     )
     # Of several files, rows count through those that can be used: no number would say which file it counts in.
     left_out = {bad.row: bad for bad in bad_rows} if os.path.isfile(path) else {}
-    return processor, rows, arguments.max_length, f"{path}: template {processor.template}", left_out
+    lead = f"{path}: template {processor.template}"
+    return processor, rows, arguments.max_length, lead, left_out, reading.boxes and reading.boxes.written
 
 
 def _indices(num_rows: int, left_out: Mapping[int, Any]) -> dict[int, int]:

@@ -1,4 +1,4 @@
-"""`vir-hf doctor`: what this machine has, and the proof that fast batches equal single rows on the user's own model."""
+"""`vir-hf doctor`: what this machine has, what a checkpoint is, and the proof that fast batches equal single rows."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib import metadata, util
 from typing import Any
 
+from vir_hf import __version__
 from vir_hf.commands.installation import look
 from vir_hf.commands.outputs import add_json, add_overwrite, recipe_inputs, refuse_outputs, write_json
 from vir_hf.recipe.load import RecipeArgumentParser, recipe_from
@@ -25,6 +26,7 @@ _PACKAGES = (
     "flash_attn",
     "simplejpeg",
     "numba",
+    "gguf",
 )
 
 
@@ -33,15 +35,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = RecipeArgumentParser(
         prog="vir-hf doctor",
         description="Check this installation: versions, the torch build against the GPU, optional packages, disk, Hub login, "
-        "and say what to install. With a recipe (experiment=NAME data.data_path=...), prove in addition that padding-free "
-        "batches with shared prefixes have the loss and gradients of single rows, on the recipe's model, processor and rows "
-        "in fp32.",
+        "and say what to install. With a CHECKPOINT, say what it is, which tools open it as it stands, and which export makes "
+        "the others do so. With a recipe (experiment=NAME data.data_path=...), prove in addition that padding-free batches "
+        "with shared prefixes have the loss and gradients of single rows, on its model, processor and rows in fp32.",
     )
     parser.add_argument("--rows", type=int, default=8, help="rows to compare (default 8)")
     add_json(parser, "the findings")
     add_overwrite(parser)
     options = parser.parse_args(argv)
     recipe = None
+    if len(options.overrides) == 1 and "=" not in options.overrides[0]:
+        return look_at(options.overrides[0], options)
     if options.overrides or options.recipe:
         recipe = recipe_from(options)
     inputs = [] if recipe is None else recipe_inputs(recipe, options.recipe)
@@ -55,6 +59,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_json(options.json, findings)
     can_train = all(finding.state != "wrong" for finding in checks)
     return 0 if can_train and all(entry["is_exact"] for entry in findings.get("comparisons", [])) else 1
+
+
+def look_at(checkpoint: str, options: Any) -> int:
+    """Print what a checkpoint is and who opens it; return the exit code."""
+    from vir_hf.exporting.identify import as_block, identify
+
+    refuse_outputs([("--json", options.json)], [checkpoint], overwrite=options.overwrite)
+    findings, versions = identify(checkpoint), {"vir_hf": __version__, **machine()}
+    write_json(options.json, {"machine": versions, **dataclasses.asdict(findings)})
+    if options.json == "-":
+        return 0
+    print(f"{checkpoint}: {findings.what}")
+    for name, value in {**findings.facts, **findings.fingerprints}.items():
+        print(f"  {name:<16} {value}")
+    print("opened as it stands by:")
+    for opening in findings.openings:
+        print(f"  {opening.tool:<18} {'yes' if opening.opens else 'no ':<4} {opening.how}")
+    print(f"\n{as_block({'checkpoint': findings.what, **versions})}")
+    return 0
 
 
 def machine() -> dict[str, Any]:

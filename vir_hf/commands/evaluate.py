@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vir_hf.commands.answer import add_generation_arguments, generation_options
-from vir_hf.errors import DataError, RecipeError
+from vir_hf.commands.evaluate_task import add_task_arguments, evaluate_task, evaluate_with_harness
+from vir_hf.commands.reading import add_reading, reading_of
+from vir_hf.errors import DataError, RecipeError, RunError
 
 if TYPE_CHECKING:
     from vir_hf.inference import Answerer
@@ -26,21 +28,32 @@ A row is a LLaVA row, whose last question is asked after the turns before it, or
 "answers" where several are right: a list of texts, or VQA's [{"answer": ...}, ...]. Written into the run: evaluation.json
 (scores) and samples.json with samples/ (pictures with the answers before and after tuning). `vir-hf push` makes the card
 from them.
+
+  vir-hf evaluate outputs/my-run --task textvqa --data TextVQA_0.5.1_val.json --image-folder train_images
+  vir-hf evaluate --task pope --data coco_pope_random.json --questions llava_pope_test.jsonl --answers answers.jsonl --json s.json
 """
 
 
 def main(argv: list[str]) -> int:
-    """Evaluate; return the exit code: 0 done, 2 a wrong call or data that cannot be asked."""
+    """Evaluate; return the exit code: 0 done, 1 it could not go on, 2 a wrong call or data that cannot be asked."""
+    try:
+        return _main(argv)
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="vir-hf evaluate",
         description="Measure a run on held-out rows.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", help="a run's output directory")
     parser.add_argument(
-        "--data", required=True, metavar="ROWS", help="a .json or .jsonl file of rows with right answers"
+        "model", nargs="?", help="a run's output directory; with --task also a checkpoint, adapter or Hub id"
     )
+    parser.add_argument("--data", metavar="ROWS", help="a .json or .jsonl file of rows with right answers")
     parser.add_argument(
         "--image-folder", metavar="DIR", help="where the rows' pictures lie; beside the rows by default"
     )
@@ -53,8 +66,18 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--samples", type=int, default=6, metavar="N", help="rows shown in the card (6); 0 for none")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="questions computed together (8)")
     parser.add_argument("--device", default="auto", help="auto (the GPU if there is one), cpu, cuda, cuda:1 ...")
+    add_reading(parser)
     add_generation_arguments(parser)
+    add_task_arguments(parser)
+    parser.set_defaults(max_new_tokens=None)  # a task has its own
     arguments = parser.parse_args(argv)
+    if arguments.harness is not None:
+        return evaluate_with_harness(arguments)
+    if arguments.task is not None and (arguments.data is not None or arguments.task == "list"):
+        return evaluate_task(arguments)
+    arguments.max_new_tokens = 512 if arguments.max_new_tokens is None else arguments.max_new_tokens
+    if arguments.model is None or arguments.data is None:
+        raise RecipeError("evaluate: expected a run's output directory and --data ROWS, or --task NAME --data FILE.")
     for name in ("batch_size", "max_rows"):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             raise RecipeError(f"evaluate: --{name.replace('_', '-')} {getattr(arguments, name)}; expected at least 1.")
@@ -62,7 +85,7 @@ def main(argv: list[str]) -> int:
         raise RecipeError(f"evaluate: --samples {arguments.samples}; expected 0 or more.")
     from vir_hf.using.evaluation import check_results
 
-    run = Path(arguments.run)
+    run = Path(arguments.model)
     if not run.is_dir():
         raise RecipeError(
             f"{run}: no such folder; evaluate writes its results into a run's own, so name one on this disk."
@@ -78,14 +101,14 @@ def _evaluate(run: Path, arguments: argparse.Namespace) -> int:
 
     from vir_hf.console import Progress
     from vir_hf.inference import Answerer
+    from vir_hf.scores.matching import NORMALISATION
     from vir_hf.using import evaluation
     from vir_hf.using.questions import read_questions
-    from vir_hf.using.scoring import NORMALISATION
 
     logging.disable_progress_bar()
     options = generation_options(arguments)
     data = Path(arguments.data)
-    rows = read_questions(data)[: arguments.max_rows]
+    rows = read_questions(data, reading_of(arguments))[: arguments.max_rows]
     if not rows:
         raise DataError(f"{data}: holds no rows, so there is nothing to measure.")
     was_trained_on = _is_trained_on(run, data)

@@ -19,22 +19,39 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from vir_hf.curation.box_check import BoxScale, box_problems, box_scale, mixed_scales
+from vir_hf.curation.contamination import CONTAMINATION
+from vir_hf.data.filters import failed_by_columns, failed_by_quantities
 from vir_hf.data.located import text_problem
+from vir_hf.data.reading import BY_COLUMNS, Reading, Seen
 from vir_hf.errors import DataError, ImageError, RecipeError, clipped, shown
 from vir_hf.images.folder import ImageFolder
 from vir_hf.images.identity import picture_identity
-from vir_hf.images.opening import ImageHeader, count_greys, is_misnamed, open_image, read_image_header
+from vir_hf.images.opening import (
+    ImageHeader,
+    count_greys,
+    is_misnamed,
+    open_image,
+    read_image_header,
+    read_upright_size,
+)
 from vir_hf.rows.encoding import IGNORE, encode_messages, encode_row
-from vir_hf.rows.files import RowRange, find_data_files, read_rows, split_rows
+from vir_hf.rows.files import RowRange, find_data_files, image_root, read_rows, split_rows
 from vir_hf.rows.keys import unread_keys
 from vir_hf.rows.messages import FATAL_KINDS, PROBLEM_KINDS, examine
+from vir_hf.rows.shapes import in_llava_form, with_columns
 
 # Kind -> what to do. The kinds of conversations.py come first, then what only the whole data set shows.
 REMEDIES = {
     **PROBLEM_KINDS,
+    **CONTAMINATION,
     "too_long": "Raise max_length, or shorten the row: whole turns are dropped from its end.",
     "duplicate_id": "Give every row an id of its own; training takes both rows.",
     "duplicate_row": "Drop one of the two: what is there twice is learned twice.",
+    "mixed_shapes": "Set data.format if all rows are of one shape; rows of others are bad rows then.",
+    "box_outside": "Correct the box, or say with data.boxes how boxes are written.",
+    "box_other_form": "Write the box as the others are, or say with data.boxes how boxes are written.",
+    "box_mixed": "Write all boxes in one form: a model cannot tell which one a row means.",
     "image_missing": "Fetch the picture (vir-hf data prepare), or correct the path or the image folder.",
     "image_empty": "Fetch the picture again.",
     "image_truncated": "Fetch the picture again.",
@@ -81,6 +98,7 @@ class CheckReport:
         rows_per_image: how many rows show each distinct picture.
         images_per_row: how many pictures each readable row shows.
         unread: keys of no known meaning, each with the number of rows that have it; they are left alone.
+        seen: in which shapes rows were read, and how many a filter left out.
     """
 
     files: list[str]
@@ -93,6 +111,7 @@ class CheckReport:
     rows_per_image: list[int] = dataclasses.field(default_factory=list)
     images_per_row: list[int] = dataclasses.field(default_factory=list)
     unread: Counter[str] = dataclasses.field(default_factory=Counter)
+    seen: Seen = dataclasses.field(default_factory=Seen)
     max_length: int | None = None
     has_tokens: bool = False
     is_decoded: bool = False
@@ -123,10 +142,11 @@ class _Check:
     decode: bool = False
     processor: Any = None
     max_length: int | None = None
+    reading: Reading = BY_COLUMNS
 
     def folder_of(self, file: str) -> ImageFolder:
         """The folder references of a data file start from; kept, so that its listings are read once a process."""
-        path = self.image_folder or os.path.dirname(os.path.abspath(file))
+        path = image_root(file, self.image_folder)
         if path not in _FOLDERS:
             _FOLDERS[path] = ImageFolder(path, allow_urls=self.allow_urls)
         return _FOLDERS[path]
@@ -156,6 +176,8 @@ class _PartResult:
     supervised: list[int] = dataclasses.field(default_factory=list)
     images_per_row: list[int] = dataclasses.field(default_factory=list)
     unread: Counter[str] = dataclasses.field(default_factory=Counter)
+    seen: Seen = dataclasses.field(default_factory=Seen)
+    box_scales: list[BoxScale] = dataclasses.field(default_factory=list)
 
 
 def check_data(
@@ -167,6 +189,7 @@ def check_data(
     decode: bool = False,
     allow_urls: bool = False,
     num_workers: int | None = None,
+    reading: Reading = BY_COLUMNS,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> CheckReport:
     """Return everything unusual in LLaVA data.
@@ -176,6 +199,7 @@ def check_data(
         processor: what `encode_row` needs; without it, lengths are characters and `max_length` is not looked at.
         decode: decode every picture, instead of reading its header and its end.
         num_workers: processes; all cores by default, none for a small data set.
+        reading: as for `load_llava_dataset`; rows that its filter leaves out are counted and not looked at.
         progress: called with `"rows"` or `"images"`, how many are done and how many there are.
 
     Raises:
@@ -183,7 +207,9 @@ def check_data(
     """
     started = time.perf_counter()
     files = find_data_files(path)
-    check = _Check(None if image_folder is None else os.fspath(image_folder), allow_urls, decode, processor, max_length)
+    check = _Check(
+        None if image_folder is None else os.fspath(image_folder), allow_urls, decode, processor, max_length, reading
+    )
     if image_folder is not None:
         ImageFolder(image_folder)
     report = CheckReport(
@@ -197,6 +223,8 @@ def check_data(
             report.num_rows += result.num_rows
             progress("rows", done, len(parts))
         _merge_rows(report, results)
+        report.seen.refuse_absent_columns(os.fspath(path))
+        _find_mixtures(report, results)
         _check_images(report, results, pool, progress)
     report.problems.sort(key=lambda problem: (files.index(problem.file), problem.row))
     report.seconds = time.perf_counter() - started
@@ -271,17 +299,59 @@ def _check_part(task: tuple[str, RowRange]) -> _PartResult:
 
 
 def _check_row(raw: Any, number: int, result: _PartResult) -> None:
-    written_id = raw.get("id") if isinstance(raw, dict) else None
+    seen = result.seen
+    seen.num_rows += 1
+    raw = with_columns(raw, _CHECK.reading.columns)
+    failed = failed_by_columns(_CHECK.reading.conditions, raw, seen.absent)
+    if failed is not None:
+        seen.filtered[f"{failed.column} {failed.text}"] += 1
+        return
+    problems, shape, read, row = _read_row(raw)
+    if row is not None:
+        seen.add_shape(shape, str(number))
+        failed = failed_by_quantities(_CHECK.reading.conditions, raw, row, lambda image: _size_of(image, result.file))
+        if failed is not None:
+            seen.filtered[f"{failed.column} {failed.text}"] += 1
+            return
+    written_id = read.get("id") if isinstance(read, dict) else None
     row_id = "" if written_id is None else _printable(str(written_id))
-    problems, row = examine(raw)
     result.keys.append((number, row_id, _digest(raw)))
-    result.unread.update({clipped(_printable(name), 60) for name, matters in unread_keys(raw) if not matters})
+    result.unread.update({clipped(_printable(name), 60) for name, matters in unread_keys(read) if not matters})
     if row is not None:
         problems += _check_content(row, number, clipped(row_id, 80), result)
+        problems += _check_boxes(row, number, clipped(row_id, 80), result)
     result.problems += [
         Problem(result.file, number, clipped(row_id, 80), kind, clipped(_printable(detail)))
         for kind, detail in dict.fromkeys(problems)
     ]
+
+
+def _read_row(raw: Any) -> tuple[list[tuple[str, str]], str, Any, dict[str, Any] | None]:
+    """Return what is wrong with a row, its shape, the row as LLaVA writes it, and what `to_messages` makes of that."""
+    try:
+        shape, read = in_llava_form(raw, _CHECK.reading.format)
+    except DataError as error:
+        return [("bad_row", str(error))], "", raw, None
+    problems, row = examine(read)
+    return problems, shape, read, row
+
+
+def _size_of(image: Any, file: str) -> tuple[int, int]:
+    """Return width and height of an image of a row, as it stands upright."""
+    if isinstance(image, dict) and image.get("bytes") is not None:
+        return read_upright_size({"bytes": image["bytes"], "path": image.get("path")})
+    name = image.get("path") if isinstance(image, dict) else image
+    if not isinstance(name, str):
+        raise ImageError("image_missing", f"image {shown(image)}: expected a file name")
+    return read_upright_size(_CHECK.folder_of(file).locate(name))
+
+
+def _check_boxes(row: dict[str, Any], number: int, row_id: str, result: _PartResult) -> Iterator[tuple[str, str]]:
+    change = _CHECK.reading.boxes
+    if change is not None:
+        yield from box_problems(row, change, lambda image: _size_of(image, result.file))
+    elif (scale := box_scale(row, number, row_id)) is not None:
+        result.box_scales.append(scale)
 
 
 def _check_content(row: dict[str, Any], number: int, row_id: str, result: _PartResult) -> Iterator[tuple[str, str]]:
@@ -346,6 +416,8 @@ def _merge_rows(report: CheckReport, results: Sequence[_PartResult]) -> None:
         report.supervised += result.supervised
         report.images_per_row += result.images_per_row
         report.unread += result.unread
+        result.seen.firsts = {name: f"{result.file}: row {row}" for name, row in result.seen.firsts.items()}
+        report.seen.add(result.seen)
         for row, row_id, digest in result.keys:
             place = (result.file, row)
             first = digests.setdefault(digest, place)
@@ -356,6 +428,20 @@ def _merge_rows(report: CheckReport, results: Sequence[_PartResult]) -> None:
             if same_id != place and first == place:
                 detail = f"{_place(same_id, result.file)} has this id too"
                 report.problems.append(Problem(result.file, row, clipped(row_id, 80), "duplicate_id", detail))
+
+
+def _find_mixtures(report: CheckReport, results: Sequence[_PartResult]) -> None:
+    """Tell of the first row of each shape but the commonest, and of boxes of another scale than most."""
+    for shape, _ in report.seen.shapes.most_common()[1:]:
+        file, _, row = report.seen.firsts[shape].rpartition(": row ")
+        usual = report.seen.shapes.most_common(1)[0][0]
+        detail = f"the first of {report.seen.shapes[shape]:,} rows read as {shape}, most are {usual}"
+        report.problems.append(Problem(file, int(row), "", "mixed_shapes", detail))
+    scales: dict[str, list[BoxScale]] = {}
+    for result in results:
+        scales.setdefault(result.file, []).extend(result.box_scales)
+    for file, scale, detail in mixed_scales(scales):
+        report.problems.append(Problem(file, scale.row, scale.id, "box_mixed", detail))
 
 
 def _place(place: tuple[str, int], file: str) -> str:

@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vir_hf import files
+from vir_hf.curation.contamination import TEST_IMAGE, TEST_IMAGE_ALIKE
 from vir_hf.errors import DataError
 from vir_hf.rows.files import read_rows
 
 if TYPE_CHECKING:
     from vir_hf.curation.checks import CheckReport
+
+
+_LEFT_OUT = ("duplicate_row", TEST_IMAGE, TEST_IMAGE_ALIKE)  # can be trained on, and should not be
 
 
 def dropped_path(out: str | os.PathLike[str]) -> Path:
@@ -23,7 +27,8 @@ def dropped_path(out: str | os.PathLike[str]) -> Path:
 def write_sound_rows(report: CheckReport, out: str | os.PathLike[str]) -> tuple[int, int]:
     """Write the rows without an error as they were, and return how many were kept and dropped.
 
-    The second of two equal rows is dropped too; of rows that merely share an id, the later ones get a new id. Other
+    The second of two equal rows is dropped too, and what shows an image of the test that was checked against; of rows
+    that merely share an id, the later ones get a new id. Other
     warnings are about rows that can be trained on, which stay. The two files appear when they are complete.
 
     Raises:
@@ -36,7 +41,7 @@ def write_sound_rows(report: CheckReport, out: str | os.PathLike[str]) -> tuple[
     renamed: set[tuple[str, int]] = set()
     for problem in report.problems:
         place = (problem.file, problem.row)
-        if problem.severity == "error" or problem.kind == "duplicate_row":
+        if problem.severity == "error" or problem.kind in _LEFT_OUT:
             faults.setdefault(place, []).append({"kind": problem.kind, "detail": problem.detail})
         elif problem.kind == "duplicate_id":
             renamed.add(place)

@@ -6,11 +6,11 @@ import base64
 import dataclasses
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from rich.text import Text
 
 from vir_hf.curation import pages as html_pages
@@ -18,6 +18,7 @@ from vir_hf.curation.terminal import printable
 from vir_hf.errors import DataError, clipped
 from vir_hf.images.opening import open_image
 from vir_hf.images.preprocessing import ImagePreprocessor
+from vir_hf.rows.boxes import BoxForm, find_boxes, is_outside
 from vir_hf.rows.encoding import encode_row
 
 
@@ -40,6 +41,7 @@ class InspectedRow:
     spans: list[Span]
     images: list[Any]
     num_cut: int = 0
+    texts: tuple[str, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -91,7 +93,8 @@ def inspect_row(row: dict[str, Any], number: int, processor: Any, max_length: in
         num_cut = len(encode_row(row, processor)["input_ids"]) - len(encoded["input_ids"])
     num_images = encoded.get("num_images", len(row["images"]))
     spans = _spans(encoded["input_ids"], encoded["labels"], processor)
-    return InspectedRow(number, str(row["id"]), spans, list(row["images"])[:num_images], num_cut)
+    texts = tuple(part["text"] for message in row["messages"] for part in message["content"] if part.get("text"))
+    return InspectedRow(number, str(row["id"]), spans, list(row["images"])[:num_images], num_cut, texts)
 
 
 def _spans(input_ids: list[int], labels: list[int], processor: Any) -> list[Span]:
@@ -156,7 +159,13 @@ def as_terminal_text(row: InspectedRow, with_ids: bool = False) -> Text:
     return text
 
 
-def as_page(rows: Sequence[InspectedRow], processor: Any, lead: str, with_ids: bool = False) -> str:
+def as_page(
+    rows: Sequence[InspectedRow],
+    processor: Any,
+    lead: str,
+    with_ids: bool = False,
+    boxes: BoxForm | None = None,
+) -> str:
     """Return rows as one self-contained HTML page, each with its images as the vision tower sees them.
 
     Args:
@@ -164,6 +173,7 @@ def as_page(rows: Sequence[InspectedRow], processor: Any, lead: str, with_ids: b
         processor: its `image_processor` says how the tower gets an image; without one, images are shown as they are.
         lead: the line below the title.
         with_ids: put each token's id behind it.
+        boxes: how boxes in the texts are written; they are drawn on the images, where the tower sees them.
     """
     preprocess = None
     if getattr(processor, "image_processor", None) is not None:
@@ -176,7 +186,7 @@ def as_page(rows: Sequence[InspectedRow], processor: Any, lead: str, with_ids: b
     shown = [
         {
             "title": row.title,
-            "images": [_shown_image(image, preprocess) for image in row.images],
+            "images": [_shown_image(image, preprocess, row.texts if boxes else (), boxes) for image in row.images],
             "spans": [{"sort": s.sort, "text": s.text, "pieces": _shown_pieces(s, with_ids)} for s in row.spans],
         }
         for row in rows
@@ -196,21 +206,78 @@ def _visible(text: str) -> str:
     return text.replace("\n", "\u21b5\n")
 
 
-def _shown_image(image: Any, preprocess: ImagePreprocessor | None) -> dict[str, str]:
-    """Return an image as base64 and its label, or why it cannot be shown."""
+def _shown_image(
+    image: Any, preprocess: ImagePreprocessor | None, texts: Sequence[str], boxes: BoxForm | None
+) -> dict[str, str]:
+    """Return an image as base64 and its label, with the boxes of texts drawn on it, or why it cannot be shown."""
     name = os.path.basename(image.get("path") or "embedded image") if isinstance(image, dict) else str(image)
+    place: _Place | None
     try:
+        original = open_image(image)
+        size = original.size
         if preprocess is None:
-            shown = open_image(image)
+            shown = original
             shown.thumbnail((600, 600))
+            place = _scaled(size, shown.size)
         else:
             shown = denormalise(preprocess(image), preprocess.image_processor)
+            place = preprocess.place_in_view(size)
     except DataError as error:
         return {"error": str(error)}
+    label = name if preprocess is None else f"{shown.width}x{shown.height} pixels, {name}"
+    if boxes is not None:
+        label += f", {draw_boxes(shown, texts, boxes, size, place)}"
     buffer = io.BytesIO()
     shown.save(buffer, "JPEG", quality=88)
-    label = name if preprocess is None else f"{shown.width}x{shown.height} pixels, {name}"
     return {"error": "", "data": base64.b64encode(buffer.getvalue()).decode(), "label": label}
+
+
+def shown_file(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Return an image file as the pages show it: as base64 with its label, or why it cannot be shown."""
+    return _shown_image({"bytes": None, "path": os.fspath(path)}, None, (), None)
+
+
+_Place = Callable[[float, float], tuple[float, float]]  # where a point of an image lies in a view of it
+
+
+def _scaled(before: tuple[int, int], after: tuple[int, int]) -> _Place:
+    return lambda x, y: (x * after[0] / before[0], y * after[1] / before[1])
+
+
+def draw_boxes(
+    shown: Image.Image,
+    texts: Sequence[str],
+    form: BoxForm,
+    size: tuple[int, int],
+    place: _Place | None,
+) -> str:
+    """Draw the boxes of texts on a view of an image, in place, and return words about how many were drawn.
+
+    Args:
+        form: how the boxes are written.
+        size: width and height of the original image.
+        place: where a point of the original image lies in the view; None if nobody knows.
+    """
+    if place is None:
+        return "boxes cannot be drawn: this image processor does not say where a point of the image goes"
+    found = [box for text in texts for box in find_boxes(text, form, size, has_points=False)]
+    pen = ImageDraw.Draw(shown)
+    for number, box in enumerate(found):
+        left, top = place(*box.corners[:2])
+        right, bottom = place(*box.corners[2:])
+        outline = _BOX_COLOURS[number % len(_BOX_COLOURS)]
+        pen.rectangle(_upright(left, right, top, bottom), outline=outline, width=2)
+    num_outside = sum(is_outside(box, form, size) for box in found)
+    outside = f", {num_outside} of them outside of the image" if num_outside else ""
+    return f"{len(found)} boxes as {form}{outside}"
+
+
+def _upright(left: float, right: float, top: float, bottom: float) -> tuple[float, float, float, float]:
+    """Return the sides of a rectangle as Pillow wants them, whichever way round they were given."""
+    return min(left, right), min(top, bottom), max(left, right), max(top, bottom)
+
+
+_BOX_COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080")
 
 
 def denormalise(pixel_values: torch.Tensor, image_processor: Any) -> Image.Image:

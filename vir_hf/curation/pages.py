@@ -59,6 +59,27 @@ class Chart:
     labels: list[Label] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Curve:
+    """A line through measured points; `points` as SVG writes them, `kind` says which colour, `last` what it ended at."""
+
+    points: str
+    kind: str
+    name: str
+    last: str
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Curves over the steps of a run, `width` by `height` units, with the ends of both axes."""
+
+    title: str
+    width: int
+    height: int
+    curves: list[Curve]
+    labels: list[Label]
+
+
 @functools.cache
 def _environment() -> jinja2.Environment:
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "page_templates")
@@ -127,3 +148,28 @@ def bars(title: str, counts: Mapping[str, int]) -> Chart:
         chart.labels.append(Label(0, y + 15, name))
         chart.labels.append(Label(76 + length, y + 15, f"{count:,} ({count / total:.0%})"))
     return chart
+
+
+def curves(title: str, series: Mapping[str, Sequence[tuple[float, float]]]) -> Curves:
+    """Return lines through `(step, value)` points on common axes; each name is one colour, in their order.
+
+    Args:
+        series: up to three, each of at least one point; values that are not finite are left out.
+    """
+    finite = {name: [(x, y) for x, y in points if math.isfinite(y)] for name, points in series.items()}
+    every = [point for points in finite.values() for point in points] or [(0.0, 0.0)]
+    (left, right), (low, high) = ((min(values), max(values)) for values in zip(*every, strict=True))
+    width, top, height = 400, 16, 120
+    across, up = width / ((right - left) or 1), height / ((high - low) or 1)
+    drawn = []
+    for number, (name, points) in enumerate(finite.items()):
+        if points:
+            places = " ".join(f"{(x - left) * across:.1f},{top + height - (y - low) * up:.1f}" for x, y in points)
+            drawn.append(Curve(places, f"curve{number}", name, f"{points[-1][1]:.4g}"))
+    labels = [
+        Label(0, 11, f"{high:.4g}"),
+        Label(0, top + height - 4, f"{low:.4g}"),
+        Label(0, top + height + 15, f"step {left:g}"),
+        Label(width, top + height + 15, f"{right:g}", "end"),
+    ]
+    return Curves(title, width, top + height + 20, drawn, labels)

@@ -30,6 +30,8 @@ def report_as_json(report: CheckReport, batch_size: int = 16) -> dict[str, Any]:
         "is_decoded": report.is_decoded,
         "seconds": round(report.seconds, 2),
         "kinds": report.kinds(),
+        "shapes": dict(report.seen.shapes.most_common()),
+        "filtered": dict(report.seen.filtered.most_common()),
         "unread_keys": dict(report.unread.most_common()),
         "statistics": statistics(report, batch_size),
         "problems": [_problem_as_json(problem, has_several) for problem in report.problems],

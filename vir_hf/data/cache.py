@@ -1,7 +1,7 @@
 """Rows written once as an Arrow file and mapped into memory ever after: flat memory, and a second start in seconds.
 
 A cache file is named by what it was made from (the data files' size and time, the image folder, this code), so that a
-changed file is read anew. Beside it lies a `.json` with the rows that could not be used, the keys that nothing read, and the
+changed file is read anew. Beside it lies a `.json` with the rows that could not be used, what was noticed, and the
 time of change of every folder and archive in which images were found, so that images which are gone are missed at the next start.
 """
 
@@ -16,7 +16,6 @@ import os
 import pickle
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +25,7 @@ from filelock import FileLock
 
 from vir_hf import files
 from vir_hf.data.located import BadRow
+from vir_hf.data.reading import Seen
 from vir_hf.images.folder import is_url, split_place
 from vir_hf.images.identity import file_stamp
 
@@ -47,6 +47,12 @@ _CODE = (
     "rows/files.py",
     "rows/keys.py",
     "data/located.py",
+    "rows/shapes.py",
+    "rows/vqa.py",
+    "rows/boxes.py",
+    "rows/containers.py",
+    "data/reading.py",
+    "data/filters.py",
 )
 
 ROW_SCHEMA = pa.schema(
@@ -101,30 +107,30 @@ def fingerprint(files: list[str], *others: object) -> str:
 
 def cached_rows(
     name: str,
-    rows: Callable[[Counter[str]], Iterable[dict[str, Any] | BadRow]],
+    rows: Callable[[Seen], Iterable[dict[str, Any] | BadRow | None]],
     has_arrived: Callable[[BadRow], bool] = lambda bad: False,
-) -> tuple[Path, list[BadRow], Counter[str]]:
-    """Return the Arrow file called `name`, its bad rows and its unread keys, made anew where it is missing or not true any more.
+) -> tuple[Path, list[BadRow], Seen]:
+    """Return the Arrow file called `name`, its bad rows and what was noticed, made anew where it is missing or not true any more.
 
     Args:
-        rows: makes the rows, and counts in what it is given their keys that nothing reads (see `normalise_row`).
+        rows: makes the rows, None for those left out, and tells what it is given what it notices (see `normalise_row`).
         has_arrived: whether the image that a row was left out for is there by now.
     """
     path = cache_folder() / f"rows-{name}.arrow"
     with FileLock(f"{path}.lock"):  # other ranks wait for the first instead of doing the same work
         known = _read_report(path, has_arrived)
         if known is None:
-            unread: Counter[str] = Counter()
-            known = _write(path, rows(unread), unread), unread
+            seen = Seen()
+            known = _write(path, rows(seen), seen), seen
     return path, *known
 
 
-def _read_report(path: Path, has_arrived: Callable[[BadRow], bool]) -> tuple[list[BadRow], Counter[str]] | None:
-    """Return the rows and keys that a complete cache file left out, or None when it has to be written (again)."""
+def _read_report(path: Path, has_arrived: Callable[[BadRow], bool]) -> tuple[list[BadRow], Seen] | None:
+    """Return the rows a complete cache file left out and what was noticed, or None when it has to be written (again)."""
     try:
         report = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         bad_rows = [BadRow(**entry) for entry in report["bad_rows"]]
-        unread = Counter(report["unread"])
+        seen = Seen.of_json(report["seen"])
         stamps: dict[str, Any] = report["stamps"]
     except (OSError, ValueError, TypeError, KeyError):
         return None
@@ -136,8 +142,8 @@ def _read_report(path: Path, has_arrived: Callable[[BadRow], bool]) -> tuple[lis
         if _has_lost_pictures(path, changed):
             logger.info("pictures are gone from %s: the rows are read again", ", ".join(changed[:3]))
             return None
-        _write_report(path, bad_rows, unread, stamps, started)
-    return bad_rows, unread
+        _write_report(path, bad_rows, seen, stamps, started)
+    return bad_rows, seen
 
 
 def _has_lost_pictures(path: Path, changed: list[str]) -> bool:
@@ -160,13 +166,12 @@ def _stamp(place: str) -> list[int] | None:
     return None if stamp is None else [0 if os.path.isdir(place) else stamp[0], stamp[1]]
 
 
-def _write_report(
-    path: Path, bad_rows: list[BadRow], unread: Counter[str], places: Iterable[str], started: int
-) -> None:
+def _write_report(path: Path, bad_rows: list[BadRow], seen: Seen, places: Iterable[str], started: int) -> None:
     stamps = {place: _stamp(place) for place in places}
     # What changed while its pictures were being found is looked through again the next time; file systems round times.
     stamps = {place: stamp if stamp and stamp[1] < started - 10**7 else None for place, stamp in stamps.items()}
-    report = {"bad_rows": [dataclasses.asdict(bad) for bad in bad_rows], "unread": unread, "stamps": stamps}
+    bad = [dataclasses.asdict(bad) for bad in bad_rows]
+    report = {"bad_rows": bad, "seen": seen.to_json(), "stamps": stamps}
     files.write_text(path.with_suffix(".json"), json.dumps(report))
 
 
@@ -195,7 +200,7 @@ def flat_batches(rows: Dataset, columns: list[str]) -> Iterator[tuple[int, pa.Ta
             view, num_mapped = pickle.loads(pickle.dumps(view)), 0
 
 
-def _write(path: Path, rows: Iterable[dict[str, Any] | BadRow], unread: Counter[str]) -> list[BadRow]:
+def _write(path: Path, rows: Iterable[dict[str, Any] | BadRow | None], seen: Seen) -> list[BadRow]:
     bad_rows: list[BadRow] = []
     places: dict[str, None] = {}
     started = time.time_ns()
@@ -211,7 +216,7 @@ def _write(path: Path, rows: Iterable[dict[str, Any] | BadRow], unread: Counter[
         if was_collecting:
             gc.enable()
     # Written last: its presence says that the Arrow file is complete.
-    _write_report(path, bad_rows, unread, filter(None, places), started)
+    _write_report(path, bad_rows, seen, filter(None, places), started)
     return bad_rows
 
 
@@ -224,10 +229,12 @@ def _holder(image: dict[str, Any]) -> str:
     return in_archive[0] if in_archive else "" if is_url(place) else os.path.dirname(place)
 
 
-def _batches(rows: Iterable[dict[str, Any] | BadRow], bad_rows: list[BadRow]) -> Iterator[list[dict[str, Any]]]:
+def _batches(rows: Iterable[dict[str, Any] | BadRow | None], bad_rows: list[BadRow]) -> Iterator[list[dict[str, Any]]]:
     batch: list[dict[str, Any]] = []
     num_bytes = 0
     for row in rows:
+        if row is None:
+            continue
         if isinstance(row, BadRow):
             bad_rows.append(row)
             continue

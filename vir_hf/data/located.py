@@ -5,14 +5,18 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shlex
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from vir_hf.data.filters import failed_by_columns, failed_by_quantities
+from vir_hf.data.reading import BY_COLUMNS, Reading, Seen
 from vir_hf.errors import MAX_MESSAGE, DataError, ImageError, clipped, shown
 from vir_hf.images.folder import ImageFolder
+from vir_hf.images.opening import read_upright_size
+from vir_hf.rows.boxes import BoxChange, find_boxes
 from vir_hf.rows.keys import looks_like_media, may_be_embedded, row_key_meaning, unread_keys
 from vir_hf.rows.messages import FATAL_KINDS, PLACEHOLDER, PROBLEM_KINDS, examine, is_learned, why_nothing_is_learned
+from vir_hf.rows.shapes import in_llava_form, with_columns
 
 logger = logging.getLogger(__name__)
 
@@ -88,46 +92,101 @@ class BadRowPolicy:
 
 
 def normalise_row(
-    raw: Any, folder: ImageFolder | None, file: str, number: int, unread: Counter[str] | None = None
-) -> dict[str, Any] | BadRow:
+    raw: Any,
+    folder: ImageFolder | None,
+    file: str,
+    number: int,
+    seen: Seen | None = None,
+    reading: Reading = BY_COLUMNS,
+) -> dict[str, Any] | BadRow | None:
     """Return a raw row as `{"id", "messages", "images"}` with its images located in `folder`, or as a `BadRow`.
 
-    A row without an id is called by its number. `unread` counts the rows with a key that nothing reads and that a model
-    could have learned from, by key.
+    A row without an id is called by its number; one that a filter leaves out is None. `seen` is told what was noticed.
     """
+    seen = Seen() if seen is None else seen
+    seen.num_rows += 1
     row_id = str(number)
     reference: Any = None
     try:
-        row_id = str(raw["id"]) if isinstance(raw, dict) and raw.get("id") not in (None, "") else row_id
-        row = _ordinary_row(raw)
-        if row is None:
-            problems, row = examine(raw)
-            if row is None:
-                kind, detail = next(problem for problem in problems if problem[0] in FATAL_KINDS)
-                return BadRow(file, number, row_id, kind, f"{detail}. {PROBLEM_KINDS[kind]}")
-            if unread is not None:
-                unread.update({name for name, matters in unread_keys(raw) if matters})
-        images = []
-        for reference in row["images"]:
-            images.append(_locate(reference, folder))
-        kind, detail = text_problem(row, row_id)
-        if kind:
-            return BadRow(file, number, row_id, kind, detail)
-        return {"id": row_id, "messages": row["messages"], "images": images}
+        raw = with_columns(raw, reading.columns)
+        row_id = _id_of(raw) or row_id
+        failed = failed_by_columns(reading.conditions, raw, seen.absent) if reading.conditions else None
+        if failed is None:
+            shape, raw, row = _read(raw, reading.format, seen)
+            seen.add_shape(shape, f"{file}: row {number}")
+            row_id = _id_of(raw) or row_id
+            images = []
+            for reference in row["images"]:
+                images.append(_locate(reference, folder))
+            kind, detail = text_problem(row, row_id)
+            if kind:
+                return BadRow(file, number, row_id, kind, detail)
+            row = {"id": row_id, "messages": row["messages"], "images": images}
+            if reading.boxes is not None:
+                seen.boxes += change_boxes(row, reading.boxes)
+            if reading.conditions:
+                failed = failed_by_quantities(reading.conditions, raw, row, read_upright_size)
+        if failed is not None:
+            seen.filtered[f"{failed.column} {failed.text}"] += 1
+            return None
+        return row
+    except _BadRow as bad:
+        return BadRow(file, number, row_id, bad.kind, str(bad))
     except ImageError as error:
         missing = reference if error.kind == "image_missing" and isinstance(reference, str) else None
         return BadRow(file, number, row_id, error.kind, str(error), missing)
 
 
-def report_unread(unread: Counter[str], source: str) -> None:
-    """Log in one line which keys of a source are not read, though a model could have learned from them."""
-    if unread:
-        listed = ", ".join(f"{name} ({count} rows)" for name, count in unread.most_common(8))
-        logger.warning(
-            "%s: nothing reads %s; put what the model shall see or learn into the turns, or remove the keys",
-            clipped(source, 120),
-            clipped(listed, 280),
-        )
+class _BadRow(Exception):
+    """A row that cannot be read, with the kind of problem it is."""
+
+    def __init__(self, kind: str, detail: str) -> None:
+        super().__init__(f"{detail}. {PROBLEM_KINDS[kind]}")
+        self.kind = kind
+
+
+def _id_of(raw: Any) -> str:
+    return str(raw["id"]) if isinstance(raw, dict) and raw.get("id") not in (None, "") else ""
+
+
+def _read(raw: Any, format: str | None, seen: Seen) -> tuple[str, Any, dict[str, Any]]:
+    """Return a row's shape, the row as LLaVA writes it, and what `to_messages` makes of that."""
+    row = _ordinary_row(raw) if format in (None, "llava") else None
+    if row is not None:
+        return "llava", raw, row
+    try:
+        shape, raw = in_llava_form(raw, format)
+    except DataError as error:
+        raise _BadRow("bad_row", str(error)) from error
+    problems, row = examine(raw)
+    if row is None:
+        raise _BadRow(*next(problem for problem in problems if problem[0] in FATAL_KINDS))
+    seen.unread.update({name for name, matters in unread_keys(raw) if matters})
+    return shape, raw, row
+
+
+def change_boxes(row: dict[str, Any], change: BoxChange) -> int:
+    """Write the boxes in a row's texts in another form, in place, and return how many there are; without an image none.
+
+    Raises:
+        _BadRow: the row has boxes and images of several sizes, so that nothing says of which image they are.
+        ImageError: its image cannot be read.
+    """
+    sizes: set[tuple[int, int]] = set()
+    count = 0
+    for part in (part for message in row["messages"] for part in message["content"]):
+        if (
+            not row["images"]
+            or not part.get("text")
+            or not any(find_boxes(part["text"], change.found, (1, 1), change.has_points))
+        ):
+            continue
+        sizes = sizes or {read_upright_size(image) for image in row["images"]}
+        if len(sizes) > 1:
+            raise _BadRow("bad_row", "the row has boxes and images of several sizes, and nothing says of which image")
+        part["text"], found = change.apply(part["text"], next(iter(sizes)))
+        count += found
+    return count
 
 
 _ORDINARY_KEYS = {"id", "image", "conversations"}

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,11 +16,21 @@ from huggingface_hub import hf_hub_download, snapshot_download
 
 from vir_hf import files
 from vir_hf.data.cache import cache_folder, cached_rows, fingerprint
-from vir_hf.data.located import BadRow, BadRowPolicy, normalise_row, report_unread
+from vir_hf.data.duplicates import Duplicates
+from vir_hf.data.located import BadRow, BadRowPolicy, normalise_row
+from vir_hf.data.reading import BY_COLUMNS, READING_KEYS, Reading, Seen
 from vir_hf.errors import DataError, ImageError, RecipeError, clipped
 from vir_hf.images.folder import ImageFolder
 from vir_hf.images.opening import open_image
-from vir_hf.rows.files import DATA_SUFFIXES, RowRange, find_data_files, is_data_file, read_rows, split_rows
+from vir_hf.rows.files import (
+    DATA_SUFFIXES,
+    OTHER_DATA_SUFFIXES,
+    RowRange,
+    find_data_files,
+    image_root,
+    read_rows,
+    split_rows,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +63,10 @@ def load_llava_dataset(
     on_bad_image: str = "raise",
     max_bad_fraction: float = 0.05,
     bad_rows: list[BadRow] | None = None,
-    split: str = "train",
+    name: str | None = None,
+    split: str | None = None,
+    reading: Reading = BY_COLUMNS,
+    duplicates: Duplicates | None = None,
 ) -> datasets.Dataset | datasets.IterableDataset:
     """Return the rows of LLaVA data as a dataset with the columns `id`, `messages` and `images`.
 
@@ -71,7 +83,9 @@ def load_llava_dataset(
         on_bad_row, on_bad_image: `raise`, or `skip` the row; at most `max_bad_fraction` of all rows. A stream meets its bad
             rows one by one and does not count the fraction.
         bad_rows: a list that receives the rows left out.
-        split: which split of a Hub data set.
+        name, split: which configuration and split of a Hub data set; by default its only one, and `train`.
+        reading: in which shape rows are read and which of them, `Reading.of(format="vqa", filter={"relevance_min": ">=3"})`.
+        duplicates: what other sources have given; rows that repeat it, or each other, are left out. Not of a stream.
 
     Raises:
         DataError: no data file, malformed JSON (with its line), or rows that cannot be trained on (with number and id).
@@ -81,9 +95,11 @@ def load_llava_dataset(
     source: _FileRows | _HubRows
     if not os.path.exists(path) and is_hub_id(path):
         folder = None if image_folder is None else ImageFolder(image_folder, allow_urls=allow_urls)
-        source = _HubRows(path, split, folder, streaming)
+        source = _HubRows(path, folder, streaming, reading, name=name, split=split)
     else:
-        source = _FileRows(path, image_folder, allow_urls)
+        if split is not None:
+            raise RecipeError(f"{path}: split {split!r} goes with a data set on the Hub; of files, name those to read.")
+        source = _FileRows(path, image_folder, allow_urls, reading)
     if streaming:
         stream = source.stream(policy)
         stream = stream if max_rows is None else stream.take(max_rows)
@@ -92,14 +108,34 @@ def load_llava_dataset(
     policy.enforce(bad, len(dataset) + len(bad), path)
     if bad_rows is not None:
         bad_rows.extend(bad)
+    if duplicates is not None:
+        dataset = duplicates.left_out_of(dataset, path)
     return dataset.with_transform(OpenImages(allow_urls)) if decode_images else dataset
 
 
 def load_recipe_rows(recipe: Any, bad_rows: list[BadRow] | None = None) -> Any:
     """Return the training rows a recipe names, `data.data_path` or the mixture of `data.sources`, pictures undecoded."""
     data = recipe.data
-    options: dict[str, Any] = {
-        "decode_images": False,
+    options = _recipe_options(data, bad_rows)
+    if data.sources:
+        sources = [dataclasses.asdict(source) for source in data.sources]
+        return load_sources(sources, seed=recipe.training.seed, decode_images=False, **options)
+    if data.data_path is None:
+        raise RecipeError(
+            "data.data_path: not set; name a LLaVA JSON file: data.data_path=rows.json data.image_folder=images"
+        )
+    source = {"path": data.data_path, "image_folder": data.image_folder, "name": data.name, "split": data.split}
+    return load_source(source, **options)
+
+
+def load_recipe_parts(recipe: Any) -> list[datasets.Dataset]:
+    """Return the rows of each source of a recipe's mixture by itself, before any is drawn."""
+    options = _recipe_options(recipe.data, None)
+    return [load_source(dataclasses.asdict(source), **options) for source in recipe.data.sources]
+
+
+def _recipe_options(data: Any, bad_rows: list[BadRow] | None) -> dict[str, Any]:
+    return {
         "streaming": data.streaming,
         "max_rows": data.max_rows,
         "allow_urls": data.allow_urls,
@@ -107,15 +143,9 @@ def load_recipe_rows(recipe: Any, bad_rows: list[BadRow] | None = None) -> Any:
         "on_bad_image": data.on_bad_image,
         "max_bad_fraction": data.max_bad_fraction,
         "bad_rows": bad_rows,
+        "duplicates": Duplicates(data.deduplicate) if data.deduplicate else None,
+        "reading_keys": {key: getattr(data, key) for key in READING_KEYS},
     }
-    if data.sources:
-        sources = [dataclasses.asdict(source) for source in data.sources]
-        return load_sources(sources, seed=recipe.training.seed, **options)
-    if data.data_path is None:
-        raise RecipeError(
-            "data.data_path: not set; name a LLaVA JSON file: data.data_path=rows.json data.image_folder=images"
-        )
-    return load_llava_dataset(data.data_path, data.image_folder, **options)
 
 
 def share_of_stream(stream: datasets.IterableDataset, rank: int, world_size: int) -> datasets.IterableDataset:
@@ -150,16 +180,13 @@ def load_sources(
         DataError: as `load_llava_dataset`.
     """
     for number, source in enumerate(sources):
-        unknown = set(source) - {"path", "image_folder", "weight", "num_rows", "name"}
+        unknown = set(source) - {"path", "image_folder", "weight", "num_rows", "name", "split", *READING_KEYS}
         if unknown or "path" not in source or (source.get("weight") is not None and source.get("num_rows") is not None):
             raise RecipeError(
-                f"data.sources[{number}]: found {dict(source)}; expected path, and optionally image_folder, name, and weight or "
-                "num_rows."
+                f"data.sources[{number}]: found {dict(source)}; expected path, and optionally image_folder, name, split, "
+                f"{', '.join(READING_KEYS)}, and weight or num_rows."
             )
-    parts = [
-        load_llava_dataset(s["path"], s.get("image_folder"), decode_images=False, streaming=streaming, **options)
-        for s in sources
-    ]
+    parts = [load_source(source, streaming=streaming, **options) for source in sources]
     allow_urls = bool(options.get("allow_urls"))
     if streaming:
         stream = _mix_streams(parts, sources, seed)
@@ -179,6 +206,22 @@ def load_sources(
         drawn.append(part)
     dataset = datasets.concatenate_datasets(drawn)
     return dataset.with_transform(OpenImages(allow_urls)) if decode_images else dataset
+
+
+def load_source(
+    source: Mapping[str, Any], *, reading_keys: Mapping[str, Any] | None = None, **options: Any
+) -> datasets.Dataset | datasets.IterableDataset:
+    """Return the rows of one source of a mixture; what it does not say of how they are read, `reading_keys` says for all."""
+    own = {key: source[key] for key in READING_KEYS if source.get(key) is not None}
+    return load_llava_dataset(
+        source["path"],
+        source.get("image_folder"),
+        decode_images=False,
+        name=source.get("name"),
+        split=source.get("split"),
+        reading=Reading.of(**{**(reading_keys or {}), **own}),
+        **options,
+    )
 
 
 def mixture_counts(sizes: Sequence[int], sources: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -211,29 +254,31 @@ def _mix_streams(
 class _FileRows:
     """The rows of files on this machine."""
 
-    def __init__(self, path: str, image_folder: str | os.PathLike[str] | None, allow_urls: bool) -> None:
+    def __init__(
+        self, path: str, image_folder: str | os.PathLike[str] | None, allow_urls: bool, reading: Reading
+    ) -> None:
         self.path = path
+        self.reading = reading
         self.files = find_data_files(path)
-        if image_folder is not None:
-            self.folders = [ImageFolder(image_folder, allow_urls=allow_urls)] * len(self.files)
-        else:
-            own = [os.path.dirname(os.path.abspath(file)) for file in self.files]
-            self.folders = [ImageFolder(folder, allow_urls=allow_urls) for folder in own]
+        named = None if image_folder is None else os.fspath(image_folder)
+        roots = [image_root(file, named) for file in self.files]
+        folders = {root: ImageFolder(root, allow_urls=allow_urls) for root in dict.fromkeys(roots)}
+        self.folders = [folders[root] for root in roots]
 
     def load(self, max_rows: int | None) -> tuple[datasets.Dataset, list[BadRow]]:
         for folder in self.folders:
             folder.open()
-        name = fingerprint(self.files, [folder.identity for folder in self.folders], max_rows)
-        return _open_cache(name, lambda unread: self._rows(max_rows, unread), self.path, self._has_arrived)
+        name = fingerprint(self.files, [folder.identity for folder in self.folders], max_rows, self.reading.identity)
+        return _open_cache(name, lambda seen: self._rows(max_rows, seen), self.path, self._has_arrived)
 
-    def _rows(self, max_rows: int | None, unread: Counter[str]) -> Iterator[dict[str, Any] | BadRow]:
+    def _rows(self, max_rows: int | None, seen: Seen) -> Iterator[dict[str, Any] | BadRow | None]:
         num_rows = 0
         for file, folder in zip(self.files, self.folders, strict=True):
             for number, raw in read_rows(file):
                 if num_rows == max_rows:
                     return
                 num_rows += 1
-                yield normalise_row(raw, folder, file, number, unread)
+                yield normalise_row(raw, folder, file, number, seen, self.reading)
 
     def _has_arrived(self, bad: BadRow) -> bool:
         try:
@@ -250,7 +295,9 @@ class _FileRows:
             for part in _parts_of(file, num_parts)
         ]
         return datasets.IterableDataset.from_generator(
-            _generate_rows, features=ROW_FEATURES, gen_kwargs={"shards": shards, "policy": policy}
+            _generate_rows,
+            features=ROW_FEATURES,
+            gen_kwargs={"shards": shards, "policy": policy, "reading": self.reading},
         )
 
 
@@ -265,27 +312,28 @@ def _parts_of(file: str, max_parts: int) -> list[RowRange]:
         return parts
 
 
-def _generate_rows(shards: list[tuple[str, ImageFolder, RowRange]], policy: BadRowPolicy) -> Iterator[dict[str, Any]]:
-    reported: Counter[str] = Counter()
+def _generate_rows(
+    shards: list[tuple[str, ImageFolder, RowRange]], policy: BadRowPolicy, reading: Reading
+) -> Iterator[dict[str, Any]]:
+    reported = Seen()
     for file, folder, part in shards:
         for number, raw in read_rows(file, part):
-            row = _usable(_normalise_streamed(raw, folder, file, number, reported), policy)
+            row = _usable(_normalise_streamed(raw, folder, file, number, reported, reading), policy)
             if row is not None:
                 yield row
 
 
 def _normalise_streamed(
-    raw: Any, folder: ImageFolder | None, source: str, number: int, reported: Counter[str]
-) -> dict[str, Any] | BadRow:
-    """`normalise_row` of a stream, whose unread keys are told at the first row that has them: nobody knows how many come."""
-    unread: Counter[str] = Counter()
-    row = normalise_row(raw, folder, source, number, unread)
-    report_unread(unread - reported, f"{source} (first in row {number})")
-    reported |= unread
+    raw: Any, folder: ImageFolder | None, source: str, number: int, reported: Seen, reading: Reading
+) -> dict[str, Any] | BadRow | None:
+    """`normalise_row` of a stream: what is noticed is told at the first row it is noticed of, nobody knows how many come."""
+    seen = Seen()
+    row = normalise_row(raw, folder, source, number, seen, reading)
+    reported.report_new(seen, f"{source} (first in row {number})")
     return row
 
 
-def _usable(row: dict[str, Any] | BadRow, policy: BadRowPolicy) -> dict[str, Any] | None:
+def _usable(row: dict[str, Any] | BadRow | None, policy: BadRowPolicy) -> dict[str, Any] | None:
     """Return a row of a stream; a bad one raises, or is logged and None."""
     if not isinstance(row, BadRow):
         return row
@@ -298,37 +346,50 @@ def _usable(row: dict[str, Any] | BadRow, policy: BadRowPolicy) -> dict[str, Any
 class _HubRows:
     """The rows of a data set on the Hub, with embedded images or with names of files in an image folder."""
 
-    def __init__(self, name: str, split: str, folder: ImageFolder | None, streaming: bool) -> None:
-        self.name = name
+    def __init__(
+        self,
+        path: str,
+        folder: ImageFolder | None,
+        streaming: bool,
+        reading: Reading,
+        *,
+        name: str | None = None,
+        split: str | None = None,
+    ) -> None:
+        self.name = path
         self.folder = folder
+        self.reading = reading
         try:
-            dataset = datasets.load_dataset(name, split=split, streaming=streaming)
+            dataset = datasets.load_dataset(path, name, split=split or "train", streaming=streaming)
         except Exception as error:  # datasets lets through whatever its many layers raise
             raise DataError(
-                f"{name}: neither a file here nor a Hub data set that can be loaded ({type(error).__name__}: {error}). Check "
-                "the spelling, the split, and, for a private or gated one, `hf auth login`. A data set that is one JSON file "
-                "is named hf://datasets/owner/name/file.json."
+                f"{path}: neither a file here nor a Hub data set that can be loaded ({type(error).__name__}: "
+                f"{clipped(str(error), 160)}). Check the spelling, the configuration (name: {name}), the split and, for a "
+                "gated one, `hf auth login`. One that is a JSON file is named hf://datasets/owner/name/file.json."
             ) from error
         self.dataset = _without_decoding(dataset)
 
     def load(self, max_rows: int | None) -> tuple[datasets.Dataset, list[BadRow]]:
         dataset = self.dataset if max_rows is None else self.dataset.take(max_rows)
-        name = fingerprint([], self.name, dataset._fingerprint, self.folder.identity if self.folder else None)
+        name = fingerprint(
+            [], self.name, dataset._fingerprint, self.folder.identity if self.folder else None, self.reading.identity
+        )
 
-        def rows(unread: Counter[str]) -> Iterator[dict[str, Any] | BadRow]:
-            return (normalise_row(raw, self.folder, self.name, i, unread) for i, raw in enumerate(dataset))
+        def rows(seen: Seen) -> Iterator[dict[str, Any] | BadRow | None]:
+            numbered = enumerate(dataset)
+            return (normalise_row(raw, self.folder, self.name, i, seen, self.reading) for i, raw in numbered)
 
         return _open_cache(name, rows, self.name)
 
     def stream(self, policy: BadRowPolicy) -> datasets.IterableDataset:
         columns = self.dataset.column_names or list(next(iter(self.dataset)))
 
-        reported: Counter[str] = Counter()
+        reported = Seen()
 
         def normalise(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
             raws = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
             rows = [
-                _usable(_normalise_streamed(raw, self.folder, self.name, i, reported), policy)
+                _usable(_normalise_streamed(raw, self.folder, self.name, i, reported, self.reading), policy)
                 for i, raw in zip(numbers, raws, strict=True)
             ]
             return {column: [row[column] for row in rows if row is not None] for column in ROW_FEATURES}
@@ -364,12 +425,12 @@ def _undecoded(feature: Any) -> Any:
 
 def _open_cache(
     name: str,
-    rows: Callable[[Counter[str]], Iterator[dict[str, Any] | BadRow]],
+    rows: Callable[[Seen], Iterator[dict[str, Any] | BadRow | None]],
     source: str,
     has_arrived: Callable[[BadRow], bool] = lambda bad: False,
 ) -> tuple[datasets.Dataset, list[BadRow]]:
-    path, bad_rows, unread = cached_rows(name, rows, has_arrived)
-    report_unread(unread, source)
+    path, bad_rows, seen = cached_rows(name, rows, has_arrived)
+    seen.report(source)
     return datasets.Dataset.from_file(str(path), info=datasets.DatasetInfo(features=ROW_FEATURES)), bad_rows
 
 
@@ -379,7 +440,7 @@ def local_data(path: str | os.PathLike[str]) -> str:
     if os.path.exists(path) or not is_hub_id(path):
         return path
     try:
-        patterns = [f"*{suffix}" for suffix in DATA_SUFFIXES]
+        patterns = [f"*{suffix}" for suffix in (*DATA_SUFFIXES, *OTHER_DATA_SUFFIXES)]
         return snapshot_download(path, repo_type="dataset", allow_patterns=patterns)
     except Exception as error:  # the same as below
         raise DataError(
@@ -390,7 +451,7 @@ def local_data(path: str | os.PathLike[str]) -> str:
 
 def is_hub_id(path: str) -> bool:
     """Whether a path that is no file here can be the name of a Hub data set, `owner/name`."""
-    return bool(_HUB_ID.match(path)) and not is_data_file(path)
+    return bool(_HUB_ID.match(path)) and not path.lower().endswith((*DATA_SUFFIXES, *OTHER_DATA_SUFFIXES))
 
 
 def local_path(path: str | os.PathLike[str]) -> str:

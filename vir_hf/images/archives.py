@@ -6,19 +6,22 @@ forked dataloader workers and threads never share a file position.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import os
 import stat
 import struct
 import tarfile
+import threading
 import zipfile
 import zlib
 from typing import NamedTuple
 
 from vir_hf.errors import DataError, ImageError
+from vir_hf.images.unpacked import PACKED_SUFFIXES, unpacked
 
-ARCHIVE_SUFFIXES = (".zip", ".tar")
+ARCHIVE_SUFFIXES = (".zip", ".tar", *PACKED_SUFFIXES)
 MAX_MEMBER_BYTES = 2**30
 _ZIP_LOCAL_HEADER_BYTES = 30
 # In which encodings names of zip and tar members are found, where nothing says so.
@@ -40,12 +43,13 @@ class Archive:
     def __init__(self, path: str) -> None:
         self.path = path
         self.scheme = "zip" if path.lower().endswith(".zip") else "tar"
+        self._file = unpacked(path)
         try:
-            self.members = _zip_members(path) if self.scheme == "zip" else _tar_members(path)
+            self.members = _zip_members(path) if self.scheme == "zip" else _tar_members(self._file)
         except (zipfile.BadZipFile, tarfile.TarError, struct.error, EOFError) as error:
             raise DataError(
-                f"{path}: is no readable {self.scheme} archive ({error}). A .tar.gz must be unpacked with gunzip first; an "
-                "archive that was cut short must be fetched again."
+                f"{path}: is no readable {self.scheme} archive ({error}). An archive that was cut short must be "
+                "fetched again."
             ) from error
         tops = {name.partition("/")[0] for name in self.members if "/" in name}
         flat = any("/" not in name for name in self.members)
@@ -81,7 +85,7 @@ class Archive:
                 "image_too_large", f"{name} in {self.path}: {member.num_bytes} bytes; expected below 1 GiB."
             )
         try:
-            with open(self.path, "rb") as file:
+            with open(self._file, "rb") as file:
                 file.seek(member.offset)
                 if self.scheme == "zip":
                     header = file.read(_ZIP_LOCAL_HEADER_BYTES)
@@ -137,6 +141,20 @@ def open_archive(path: str) -> Archive:
     return _open_archive(path, status.st_size, status.st_mtime_ns)
 
 
-@functools.lru_cache(maxsize=16)
+# Tables of contents by path, size and time; the least recently used go when there are many members in all. A name with its
+# place takes some 250 bytes, so that these are 125 MB at most, or a single archive that has more.
+_MOST_MEMBERS = 500_000
+_OPENED: collections.OrderedDict[tuple[str, int, int], Archive] = collections.OrderedDict()
+_OPENING = threading.Lock()
+
+
 def _open_archive(path: str, num_bytes: int, modified: int) -> Archive:
-    return Archive(path)
+    key = (path, num_bytes, modified)
+    with _OPENING:
+        if key in _OPENED:
+            _OPENED.move_to_end(key)
+            return _OPENED[key]
+        archive = _OPENED[key] = Archive(path)
+        while len(_OPENED) > 1 and sum(len(opened.members) for opened in _OPENED.values()) > _MOST_MEMBERS:
+            _OPENED.popitem(last=False)
+    return archive

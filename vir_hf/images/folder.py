@@ -59,8 +59,8 @@ class ImageFolder:
             )
         if not self.is_archive and not os.path.isdir(self.path):
             raise DataError(
-                f"image folder {self.path}: is a file; expected a directory, a .zip or a .tar. Unpack any other archive, such as "
-                "a .tar.gz or .tgz, first."
+                f"image folder {self.path}: is a file; expected a directory, a .zip, a .tar or a .tar.gz. Unpack any other "
+                "archive first."
             )
         self._root = os.path.realpath(self.path)
         self._places: dict[str, _Listing | None] = {}
@@ -129,7 +129,34 @@ class ImageFolder:
         if name == "..":
             self._refuse_outside(os.path.realpath(os.path.join(directory, name)), reference)
         listing = self._list(directory)
-        return self._find(listing, name) if listing else self._locate_in_nested_archive(reference)
+        place = self._find(listing, name) if listing else self._locate_in_nested_archive(reference)
+        return place or self._locate_in_shards(reference)
+
+    def _locate_in_shards(self, reference: str) -> str | None:
+        """Return the place in one of the archives at the folder's top, which a reference need not name (`shard_0.tar.gz`).
+
+        Raises:
+            ImageError: several of them hold a member of this name.
+        """
+        listing = self._list(self._root)
+        names = [name for name in listing.names if name.lower().endswith(ARCHIVE_SUFFIXES)] if listing else []
+        found = []
+        for name in sorted(names):
+            if listing and name not in listing.links:
+                try:
+                    archive = open_archive(os.path.join(self._root, name))
+                except DataError as error:  # which may be the one that holds the image
+                    raise ImageError("image_missing", f"{reference}: not found in {self.path}, and {error}") from error
+                wanted = reference.replace("\\", "/").removeprefix("./")
+                inner = next((n for n in (wanted, f"{archive.top_folder}/{wanted}") if n in archive.members), None)
+                found += [f"{archive.scheme}://{inner}::{archive.path}"] if inner else []
+        if len(found) > 1:
+            raise ImageError(
+                "image_missing",
+                f"{reference}: lies in {len(found)} archives of {self.path}, such as {found[0].rpartition('::')[2]} and "
+                f"{found[1].rpartition('::')[2]}, and nothing says which is meant. Give each source its own image_folder.",
+            )
+        return found[0] if found else None
 
     def _find(self, listing: _Listing, name: str) -> str | None:
         for candidate in (name,) if name in listing.names else _coco_names(name):

@@ -16,7 +16,7 @@ import warnings
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError
 
 from vir_hf.errors import DataError, ImageError
 from vir_hf.images.folder import ImageFolder, is_url, open_file, read_bytes, split_place
@@ -155,6 +155,24 @@ def read_image_size(source: str | os.PathLike[str] | bytes | dict[str, Any]) -> 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return _open(io.BytesIO(data), name).size
+
+
+def read_upright_size(source: str | os.PathLike[str] | bytes | dict[str, Any]) -> tuple[int, int]:
+    """Return width and height in pixels as `open_image` gives the image, its orientation applied; nothing is decoded.
+
+    Raises:
+        ImageError: as `open_image`.
+    """
+    data, name = read_image_bytes(source)
+    if not data:
+        decode_image(data, name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        image = _open(io.BytesIO(data), name)
+        # Of EXIF's eight orientations, those that turn an image by a quarter.
+        is_on_its_side = not is_upright(data) and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    width, height = image.size
+    return (height, width) if is_on_its_side else (width, height)
 
 
 def _open(file: BinaryIO, name: str) -> Image.Image:

@@ -11,6 +11,7 @@ import importlib.util
 import io
 import logging
 import os
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -139,6 +140,20 @@ class ImagePreprocessor:
             Side(width, left, right, new_width, first_column, first_column + crop_width),
         )
 
+    def place_in_view(self, size: tuple[int, int]) -> Callable[[float, float], tuple[float, float]] | None:
+        """Return where a point (x, y) of an image of a size (width, height) lies in its `pixel_values`, all in pixels.
+
+        None for a processor whose steps are not done here, since nobody says what they are.
+        """
+        if not self._does_it_here:
+            return None
+        rows, columns = self._lay_out(size[1], size[0])
+
+        def place(x: float, y: float) -> tuple[float, float]:
+            return _moved(x, columns), _moved(y, rows)
+
+        return place
+
     def _resized(self, height: int, width: int) -> tuple[int, int]:
         """Height and width after resizing."""
         if self._size is not None:
@@ -171,6 +186,10 @@ class ImagePreprocessor:
         image = image.crop((columns.start, rows.start, columns.end, rows.end))
         bands = [table[np.asarray(band)] for table, band in zip(self._table, image.split(), strict=True)]
         return torch.from_numpy(np.stack(bands))
+
+
+def _moved(value: float, side: Side) -> float:
+    return (value + side.before) * side.new_length / side.padded - side.start
 
 
 def _lengths(size: Any) -> dict[str, int]:

@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 from vir_hf.errors import RecipeError
 from vir_hf.llava.configuration_llava import HAS_CLASS_TOKEN, LlavaConfig
 from vir_hf.llava.projectors import PROJECTORS
+from vir_hf.model.foreign import import_hint
 from vir_hf.model.known_configs import KNOWN_CONFIGS
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,9 @@ def read_config(
                 AutoConfig.for_model(fields.pop("model_type"), **fields),
                 f"{name}: vir_hf's table of published sizes, because its config.json could not be fetched",
             )
+        hint = import_hint(name, _fields_at_hand(name, revision))
+        if hint:
+            raise RecipeError(f"{key}={name}: is a checkpoint of another project. {hint}") from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         known = f"; without either, plan for one of the known models: {', '.join(KNOWN_CONFIGS)}" if takes_known else ""
         raise RecipeError(
@@ -94,10 +98,7 @@ def check_whole_model(config: PreTrainedConfig, name: str, key: str, revision: s
     elif not given.get("text_config") or not given.get("vision_config"):
         missing = " and ".join(part for part in ("text_config", "vision_config") if not given.get(part))
         why = f"its config.json has no {missing}, as with the original LLaVA's: a model of default size would be built"
-        remedy = (
-            "Take its llava-hf counterpart (such as llava-hf/llava-1.5-7b-hf), or join its language model and tower and name its "
-            "mm_projector.bin in model.pretrained_projector."
-        )
+        remedy = import_hint(name, given) or "Fetch its config.json again."
     elif config.vision_config.model_type not in HAS_CLASS_TOKEN:
         why = f"its vision tower is of type {config.vision_config.model_type!r}; expected one of {sorted(HAS_CLASS_TOKEN)}"
         remedy = "Take a model with a CLIP or SigLIP tower."
@@ -107,6 +108,14 @@ def check_whole_model(config: PreTrainedConfig, name: str, key: str, revision: s
     else:
         return
     raise RecipeError(f"{key}={name}: {why}. {remedy}")
+
+
+def _fields_at_hand(name: str, revision: str | None) -> dict[str, Any]:
+    """What a config.json says itself, {} where none is at hand."""
+    try:
+        return _fields_of(name, revision)
+    except Exception:  # whatever made its reading fail before; there is then nothing to say of it
+        return {}
 
 
 def _fields_of(name: str, revision: str | None) -> dict[str, Any]:

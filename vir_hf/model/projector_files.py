@@ -61,9 +61,20 @@ def load_projector(model: nn.Module, source: str | Path) -> None:
     Raises:
         RecipeError: no projector is found, or it is of another shape.
     """
-    projector = projector_of(model)
     tensors, path = read_projector(source)
-    expected = projector.state_dict()
+    put_projector(model, tensors, source, path)
+
+
+def put_projector(model: nn.Module, tensors: dict[str, torch.Tensor], source: str | Path, path: Path) -> None:
+    """Put weights into a model's projector, under our names or the original's, without a prefix.
+
+    Args:
+        source, path: what was named and the file they came from, for messages.
+
+    Raises:
+        RecipeError: they are of another shape.
+    """
+    expected = projector_of(model).state_dict()
     found = tensors if set(tensors) == set(expected) else _in_our_names(tensors)
     missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     wrong = [

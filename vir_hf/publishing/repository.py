@@ -110,14 +110,14 @@ def _write_repository(
                 files.copy(run / name, folder / name)
     else:
         base = _published_base(run, repo_id) if is_adapter else None
-        _copy_published(run, folder)
+        copy_published(run, folder)
         _copy_projector(run, folder)
         if is_adapter and (run / "base" / "config.json").is_file():
-            _copy_published(run / "base", folder / "base")
+            copy_published(run / "base", folder / "base")
             make_portable(folder / "base")
-            _lead_to_base(folder)
+            lead_to_base(folder)
         if base is not None:
-            _name_base(folder, *base)
+            name_base(folder, *base)
     make_portable(folder)
     _rewrite_paths(folder, run)
     facts = RunFacts.read(folder)
@@ -152,7 +152,7 @@ def _published_base(run: Path, repo_id: str) -> tuple[str, str | None]:
     )
 
 
-def _name_base(folder: Path, base: str, revision: str | None) -> None:
+def name_base(folder: Path, base: str, revision: str | None) -> None:
     """Write the base's Hub id into the files that name an adapter's base."""
     for file, key in (("adapter_config.json", "base_model_name_or_path"), (FINGERPRINT_FILE, "base")):
         path = folder / file
@@ -161,7 +161,7 @@ def _name_base(folder: Path, base: str, revision: str | None) -> None:
             files.write_text(path, files.as_json({**values, key: base, "revision": revision}))
 
 
-def _lead_to_base(folder: Path) -> None:
+def lead_to_base(folder: Path) -> None:
     """Let stock tools that look for the base beside the adapter find it in `base/`: its config, its code, and an index.
 
     `AutoModelForImageTextToText.from_pretrained(REPOSITORY)` loads what adapter_config.json names, which is this
@@ -192,7 +192,8 @@ def write_merged(run: Path, folder: Path) -> None:
     files.take_out(merge_run(run, folder / ".merged").out, folder)
 
 
-def _copy_published(source: Path, target: Path) -> None:
+def copy_published(source: Path, target: Path) -> None:
+    """Put the files of a run that a repository is made of into another folder; weights without a second copy of them."""
     for pattern in _PUBLISHED:
         for path in sorted(source.glob(pattern)):
             if path.is_file() and path.name not in _NOT_PUBLISHED:

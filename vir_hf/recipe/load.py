@@ -171,10 +171,13 @@ def section_arguments(section: str) -> dict[str, upstream.Argument]:
         of_section, _, name = key.partition(".")
         if of_section == section and name in known:
             known[name] = dataclasses.replace(known[name], choices=words)
+    # These dictionaries are where a new word is added; their modules are too heavy to import for a typo.
+    package = Path(__file__).parents[1]
+    if section == "data":
+        shapes = upstream.keys_of_dictionary(package / "rows/shapes.py", "SHAPES")
+        known["format"] = dataclasses.replace(known["format"], choices=shapes)
     if section != "model":
         return known
-    # These two dictionaries are where a new word is added; their modules are too heavy to import for a typo.
-    package = Path(__file__).parents[1]
     for name, file, dictionary, more in (
         ("projector_type", "llava/projectors.py", "PROJECTORS", ()),
         ("template", "rows/templates.py", "TEMPLATES", ("auto",)),

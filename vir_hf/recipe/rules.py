@@ -11,6 +11,7 @@ from vir_hf.errors import RecipeError
 from vir_hf.recipe import files as recipe_files
 from vir_hf.recipe import keys as recipe_keys
 from vir_hf.recipe import upstream
+from vir_hf.recipe.evaluation_rules import check_held_out
 
 if TYPE_CHECKING:
     from vir_hf.recipe.load import Recipe
@@ -41,6 +42,10 @@ def write_out(recipe: Recipe) -> None:
         )
     training.arguments.setdefault("output_dir", f"outputs/{recipe.experiment.name}")
     training.arguments.setdefault("max_length", 2048)
+    if (
+        recipe.data.eval_path or recipe.data.eval_fraction
+    ):  # rows that are named or held out are there to be evaluated on
+        training.arguments.setdefault("eval_strategy", "epoch")
     if training.share_prefixes is None:
         training.share_prefixes = training.padding_free
     _write_out_checkpointing(recipe)
@@ -191,11 +196,12 @@ def _check_data(recipe: Recipe, require_data: bool) -> None:
         )
     if data.eval_image_folder and not data.eval_path:
         raise RecipeError("data.eval_image_folder: is set, but data.eval_path is not. Set data.eval_path=ROWS.json.")
+    check_held_out(recipe)
     strategy = recipe.training.eval_strategy
-    if strategy != "no" and not data.eval_path and recipe.experiment.name != SELF_CONTAINED:
+    if strategy != "no" and not data.eval_path and not data.eval_fraction and recipe.experiment.name != SELF_CONTAINED:
         raise RecipeError(
-            f"training.eval_strategy: is {strategy}, but there are no rows to evaluate on. Set data.eval_path=ROWS.json, or "
-            "training.eval_strategy=no."
+            f"training.eval_strategy: is {strategy}, but there are no rows to evaluate on. Set data.eval_path=ROWS.json or "
+            "data.eval_fraction=0.05, or training.eval_strategy=no."
         )
 
 
@@ -335,6 +341,11 @@ def _check_training(recipe: Recipe) -> None:
 
 
 def _check_streaming(recipe: Recipe) -> None:
+    if recipe.data.streaming and recipe.data.deduplicate:
+        raise RecipeError(
+            "data.deduplicate: is set, but data.streaming is true, and a stream does not keep what it has read. Set one of the "
+            "two to null."
+        )
     if recipe.data.streaming and (not recipe.training.max_steps or recipe.training.max_steps < 1):
         raise RecipeError(
             "data.streaming: true, but training.max_steps is not set; a stream does not know its length. Set "

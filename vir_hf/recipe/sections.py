@@ -66,6 +66,11 @@ class SourceSection:
     weight: float | None = None
     num_rows: int | None = None
     name: str | None = None
+    split: str | None = None
+    format: str | None = None
+    columns: dict[str, Any] | None = None
+    filter: dict[str, Any] | None = None
+    boxes: dict[str, Any] | None = None
 
 
 @dataclass
@@ -76,7 +81,15 @@ class DataSection:
     image_folder: str | None = None
     eval_path: str | None = None
     eval_image_folder: str | None = None
+    eval_fraction: float | None = None
     sources: list[SourceSection] | None = None
+    name: str | None = None
+    split: str | None = None
+    format: str | None = None
+    columns: dict[str, Any] | None = None
+    filter: dict[str, Any] | None = None
+    boxes: dict[str, Any] | None = None
+    deduplicate: Literal["content", "looks"] | None = None
     streaming: bool = False
     max_rows: int | None = None
     on_bad_row: Literal["raise", "skip"] = "raise"
@@ -113,6 +126,9 @@ class TrainingSection:
     max_skipped_steps: int = 10
     on_out_of_memory: Literal["raise", "split"] = "raise"
     timeout_minutes: int = 30
+    panel_size: int = 4
+    early_stopping_patience: int | None = None
+    report: bool = True
     arguments: dict[str, Any] = field(default_factory=dict)
 
     def __getattr__(self, name: str) -> Any:

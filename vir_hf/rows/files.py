@@ -1,4 +1,6 @@
-"""The rows of a data file, one at a time: JSON, JSON Lines, Parquet and Arrow, with flat memory and errors that name the line.
+"""The rows of a data file, one at a time, with flat memory and errors that name the line.
+
+JSON, JSON Lines, Parquet and Arrow are read here, CSV, TSV and tar shards in `containers`.
 
 The content decides, not the suffix: a `.json` file may hold one list or one object after another, and so may a `.jsonl`. Either
 may be compressed (`.gz`, `.zst`).
@@ -26,6 +28,7 @@ import pyarrow.parquet as pq
 
 from vir_hf.errors import DataError
 from vir_hf.files import is_report
+from vir_hf.rows.containers import read_shard_rows, read_table_rows
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +40,10 @@ DATA_SUFFIXES = (
     *(text + packed for text in _TEXT_SUFFIXES for packed in _PACKED_SUFFIXES),
     *_TABLE_SUFFIXES,
 )
+# Read where they are named, or where a folder holds nothing of the above: beside rows, they mostly are something else.
+_CSV_SUFFIXES = (".csv", ".tsv", *(name + packed for name in (".csv", ".tsv") for packed in _PACKED_SUFFIXES))
+_SHARD_SUFFIX = ".tar"
+OTHER_DATA_SUFFIXES = (*_CSV_SUFFIXES, _SHARD_SUFFIX)
 # What lies beside rows and is none: descriptions of data sets, and what commands of this project write there.
 _DESCRIPTIONS = re.compile(r"dataset_infos?\.json|dataset_dict\.json", re.IGNORECASE)
 _OWN_FILES = re.compile(r"failed\.json|.*\.dropped\.json", re.IGNORECASE)
@@ -52,6 +59,12 @@ _EXPECTED = 'expected a list of rows, or one row a line, such as {"id": "1", "im
 def is_data_file(name: str) -> bool:
     """Whether a file's suffix is that of rows, in letters of either case."""
     return name.lower().endswith(DATA_SUFFIXES)
+
+
+def image_root(file: str, image_folder: str | None) -> str:
+    """Return where the image paths of a data file start: the folder that was named, else its own; of a shard always its own."""
+    own = os.path.dirname(os.path.abspath(file))
+    return own if image_folder is None or file.lower().endswith(_SHARD_SUFFIX) else image_folder
 
 
 def find_data_files(path: str | os.PathLike[str]) -> list[str]:
@@ -73,8 +86,8 @@ def find_data_files(path: str | os.PathLike[str]) -> list[str]:
     if not found:
         near = f" It holds {others[0]}, which is not read." if others else _near_miss(path)
         raise DataError(
-            f"{path}: no data file found (looked in {os.getcwd()}); expected a .json, .jsonl, .parquet or .arrow file, a "
-            f"directory or glob of them, or a Hub dataset id such as owner/name.{near} Set data.data_path to it."
+            f"{path}: no data file found (looked in {os.getcwd()}); expected a .json, .jsonl, .parquet, .arrow, .csv or "
+            f".tar file, a directory or glob of them, or a Hub dataset id such as owner/name.{near} Set data.data_path to it."
         )
     return found
 
@@ -82,6 +95,7 @@ def find_data_files(path: str | os.PathLike[str]) -> list[str]:
 def _files_of_folder(path: str) -> tuple[list[str], list[str]]:
     """Return the data files below a folder, and the other visible files at its top."""
     found: list[str] = []
+    further: list[str] = []
     for folder, inner, names in os.walk(path):
         inner[:] = sorted(name for name in inner if not name.startswith(".") and name not in _NOT_DATA_FOLDERS)
         if "dataset_dict.json" in names:
@@ -91,6 +105,8 @@ def _files_of_folder(path: str) -> tuple[list[str], list[str]]:
             continue
         for name in names:
             place = os.path.join(folder, name)
+            if name.lower().endswith(OTHER_DATA_SUFFIXES) and not name.startswith("."):
+                further.append(place)
             if name.startswith(".") or not is_data_file(name) or _DESCRIPTIONS.fullmatch(name):
                 continue
             if _OWN_FILES.fullmatch(name) or is_report(place):
@@ -98,7 +114,7 @@ def _files_of_folder(path: str) -> tuple[list[str], list[str]]:
                 continue
             found.append(place)
     visible = sorted(name for name in os.listdir(path) if not name.startswith("."))
-    return sorted(found), [name for name in visible if os.path.isfile(os.path.join(path, name))]
+    return sorted(found or further), [name for name in visible if os.path.isfile(os.path.join(path, name))]
 
 
 def _only_split(folder: str) -> str:
@@ -153,6 +169,11 @@ def read_rows(path: str, part: RowRange | None = None) -> Iterator[tuple[int, An
             yield from _read_parquet_rows(path, part)
         elif kind == "arrow":
             yield from _read_arrow_rows(path)
+        elif kind == "shard":
+            yield from read_shard_rows(path)
+        elif kind == "csv":
+            with _open_text(path) as table:
+                yield from read_table_rows(table, path)
         elif part is None or kind == "packed":
             yield from _read_json_rows(path)
         else:
@@ -169,12 +190,12 @@ def read_rows(path: str, part: RowRange | None = None) -> Iterator[tuple[int, An
 def split_rows(path: str, max_parts: int, min_rows: int = 1) -> list[RowRange]:
     """Return at most `max_parts` parts of a data file, with about as many rows each, found in one pass over it.
 
-    Parts have at least `min_rows` rows. The parts of a Parquet file are its row groups, whatever was asked; a compressed file
-    and an Arrow file are one part.
+    Parts have at least `min_rows` rows. The parts of a Parquet file are its row groups, whatever was asked; a compressed file,
+    an Arrow file, a table as text and a shard are one part.
     """
     with _data_errors(path):
         kind = _kind_of(path)
-        if kind in ("packed", "arrow"):
+        if kind in ("packed", "arrow", "csv", "shard"):
             return [RowRange(0, 0, 0)]
         if kind == "parquet":
             with _open_parquet(path) as file:
@@ -198,8 +219,12 @@ def lines_of(data: bytes) -> list[bytes]:
 
 def _kind_of(path: str) -> str:
     name = path.lower()
+    if name.endswith(_CSV_SUFFIXES):
+        return "csv"
     if name.endswith(_PACKED_SUFFIXES):
         return "packed"
+    if name.endswith(_SHARD_SUFFIX):
+        return "shard"
     return "parquet" if name.endswith((".parquet", ".pq")) else "arrow" if name.endswith(".arrow") else "text"
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from vir_hf.errors import DataError, shown
 
+PLACEHOLDER = "<image>"  # in the data; the tokenizer's own word for an image is processor.image_token
 _HOW = r"(?:[_-]?(?:paths?|files?|file_?names?|names?|ur[li]s?|bytes|data|base64|b64|list))?"
 _IMAGE_KEY = re.compile(rf"(?:images?|imgs?|pictures?|pics?|photos?){_HOW}", re.IGNORECASE)
 _MEDIA_KEY = re.compile(rf"(?:input_)?(?:videos?|audios?|sounds?|speech|movies?){_HOW}", re.IGNORECASE)

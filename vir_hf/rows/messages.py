@@ -8,6 +8,7 @@ from operator import itemgetter
 from typing import Any, NamedTuple
 
 from vir_hf.errors import DataError, clipped, shown
+from vir_hf.rows.keys import PLACEHOLDER as PLACEHOLDER
 from vir_hf.rows.keys import (
     is_given,
     is_other_picture,
@@ -17,8 +18,8 @@ from vir_hf.rows.keys import (
     turn_key_meaning,
     unread_keys,
 )
+from vir_hf.rows.shapes import in_llava_form, why_no_shape
 
-PLACEHOLDER = "<image>"  # in the data; the tokenizer's own word for an image is processor.image_token
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _MEDIA_WORDS = ("<video>", "<audio>")
 
@@ -49,8 +50,8 @@ def to_messages(row: Any, *, where: str = "") -> dict[str, Any]:
 
     Each message is `{"role": "user" | "assistant" | "system", "content": [...]}` with parts `{"type": "text", "text": str}`
     and `{"type": "image"}`, and `"supervised": False` in an answer that is not to be learned; `images` lists the references,
-    one for each image part, in reading order. Takes raw LLaVA rows (`conversations`) and rows that have `messages` already;
-    what it returns, it takes unchanged.
+    one for each image part, in reading order. Takes rows of every shape of `vir_hf.rows.shapes`; what it returns, it takes
+    unchanged.
 
     Args:
         row: one row of the file.
@@ -74,6 +75,7 @@ def row_problems(row: Any) -> Iterator[tuple[str, str]]:
 def examine(row: Any) -> tuple[list[tuple[str, str]], dict[str, Any] | None]:
     """Return `row_problems(row)` and `to_messages(row)`, the latter None where a problem is of `FATAL_KINDS`."""
     try:
+        row = in_llava_form(row)[1]
         turns, images = _read(row)
     except _Refused as error:
         return [(error.kind, str(error))], None
@@ -213,7 +215,8 @@ def _read(row: Any) -> tuple[list[_Turn], list[Any]]:
 def _turns(row: Mapping[str, Any]) -> list[_Turn]:
     given = [row[key] for key in ("messages", "conversations") if row.get(key) is not None]
     if not given:
-        raise DataError(f"the row has neither 'conversations' nor 'messages', only {shown(sorted(map(str, row)))}")
+        found = shown(sorted(map(str, row)))
+        raise DataError(f"the row has neither 'conversations' nor 'messages', only {found}{why_no_shape(row)}")
     read = [_turns_of(turns) for turns in given if turns or len(given) == 1 or not any(given)]
     if len(read) == 2 and _said(read[0]) != _said(read[1]):
         raise DataError("the row has both 'messages' and 'conversations', and they differ")

@@ -40,8 +40,10 @@ def training_arguments(recipe: Recipe, precision: Precision) -> Any:
     arguments["ddp_timeout"] = 60 * training.timeout_minutes
     if arguments.get("dataloader_num_workers") is None:
         arguments["dataloader_num_workers"] = recommended_num_workers(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    if recipe.data.eval_path is None:
+    if recipe.data.eval_path is None and recipe.data.eval_fraction is None:
         arguments.pop("eval_strategy", None)
+    if training.early_stopping_patience is not None:
+        arguments.setdefault("metric_for_best_model", "loss")
     if use_cpu and arguments.get("optim", "").startswith("paged_"):
         arguments["optim"] = "adamw_torch"
     return make_sft_config(

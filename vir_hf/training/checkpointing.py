@@ -19,9 +19,9 @@ from vir_hf.files import discard, new_folder, write_json
 from vir_hf.model.precision import rounded_to
 from vir_hf.model.projector_files import extract_projector, save_projector
 from vir_hf.training import checkpoints, ranks, resume
+from vir_hf.training.evaluating import EvaluatingTrainer
 from vir_hf.training.state import load_weights, random_states, reading_no_code, save_rest, set_random_states
 from vir_hf.training.statistics import StepStatistics
-from vir_hf.training.step import StepTrainer
 
 if TYPE_CHECKING:
     pass
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class CheckpointingTrainer(StepTrainer):
+class CheckpointingTrainer(EvaluatingTrainer):
     """The steps of a run, and what of them lies on disk: `LlavaTrainer` sets the attributes."""
 
     identity: dict[str, Any]

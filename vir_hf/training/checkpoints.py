@@ -65,8 +65,9 @@ _RESULT = (
 )
 METRICS, AUDIT, RECIPE = "metrics.json", "audit.json", "recipe.yaml"
 OF_EVALUATION = ("evaluation.json", "samples.json", "samples")
+PANEL, REPORT = "panel.json", "report.html"  # what a run shows while it goes on
 BASE = "base"
-OUTPUTS = (*_RESULT, METRICS, AUDIT, RECIPE, *OF_EVALUATION, BASE)
+OUTPUTS = (*_RESULT, METRICS, AUDIT, RECIPE, *OF_EVALUATION, PANEL, REPORT, BASE)
 _RECIPE_HEAD = "# Every value of this run."
 
 

@@ -51,6 +51,8 @@ _FREE = (
     "training.max_skipped_steps",
     "training.on_out_of_memory",
     "training.timeout_minutes",
+    "training.panel_size",
+    "training.report",
     "training.disable_tqdm",
     "training.report_to",
     "training.push_to_hub",

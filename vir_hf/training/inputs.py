@@ -15,6 +15,8 @@ from vir_hf.data.located import MIXTURE, BadRow, BadRowPolicy
 from vir_hf.data.sources import load_recipe_rows, share_of_stream
 from vir_hf.images.preprocessing import ImagePreprocessor
 from vir_hf.llava.processing_llava import LlavaProcessor
+from vir_hf.training import ranks
+from vir_hf.training.held_out import split_by_image
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -26,14 +28,43 @@ logger = logging.getLogger(__name__)
 
 
 def rows_and_plan(
-    recipe: Recipe, processor: LlavaProcessor, bad_rows: list[BadRow], world_size: int, rank: int
-) -> tuple[Any, StepSampler | StreamPlan]:
-    """Return the training rows, pictures as references, and this rank's plan of the steps over them."""
+    recipe: Recipe,
+    processor: LlavaProcessor,
+    bad_rows: list[BadRow],
+    bad_eval_rows: list[BadRow],
+    world_size: int,
+    rank: int,
+) -> tuple[Any, StepSampler | StreamPlan, Dataset | None]:
+    """Return the training rows, images as references, this rank's plan of the steps over them, and the rows to evaluate on.
+
+    Args:
+        bad_rows, bad_eval_rows: receive the rows left out.
+    """
     rows = load_recipe_rows(recipe, bad_rows)
     if recipe.data.streaming:
-        return share_of_stream(rows, rank, world_size), plan_stream(recipe, world_size, rank)
+        plan = plan_stream(recipe, world_size, rank)
+        return share_of_stream(rows, rank, world_size), plan, load_eval_rows(recipe, processor, bad_eval_rows)
     rows, sizes = usable_rows(rows, recipe, processor, bad_rows)
-    return rows, plan_steps(recipe, sizes, processor, world_size, rank)
+    if recipe.data.eval_fraction is None:
+        eval_rows = load_eval_rows(recipe, processor, bad_eval_rows)
+    else:
+        rows, sizes, eval_rows = hold_out(rows, sizes, recipe, is_main=rank == 0)
+    return rows, plan_steps(recipe, sizes, processor, world_size, rank), eval_rows
+
+
+def hold_out(
+    rows: Dataset, sizes: list[RowSize], recipe: Recipe, *, is_main: bool
+) -> tuple[Dataset, list[RowSize], Dataset]:
+    """Return the rows to train on, their sizes, and `data.eval_fraction` of the rows, with other images, to evaluate on."""
+    fraction, seed = float(recipe.data.eval_fraction or 0), int(recipe.training.seed)
+    kept, held_out = ranks.rank_0(
+        lambda: split_by_image(rows, fraction, seed, allow_urls=recipe.data.allow_urls), is_main=is_main
+    )
+    if is_main:
+        logger.info(
+            "%d of %d rows are held out to be evaluated on; no image is on both sides", len(held_out), len(rows)
+        )
+    return rows.select(kept), [sizes[number] for number in kept], rows.select(held_out)
 
 
 def usable_rows(
@@ -65,6 +96,8 @@ def evaluation_recipe(recipe: Recipe) -> Recipe:
     changed.data.data_path, changed.data.sources = recipe.data.eval_path, None
     changed.data.image_folder = recipe.data.eval_image_folder or recipe.data.image_folder
     changed.data.max_rows, changed.data.streaming = None, False
+    # What chooses among the training rows; how rows are written (format, columns, boxes) is the same for both.
+    changed.data.name = changed.data.split = changed.data.filter = changed.data.deduplicate = None
     return changed
 
 

@@ -24,8 +24,9 @@ from vir_hf.model.precision import describe_precision, precision_of
 from vir_hf.model.trainable import check_trainable, make_trainable, parameter_groups
 from vir_hf.training import checkpoints, compatibility, consolidated, engine_check, preflight, ranks, resume
 from vir_hf.training.arguments import keeps_elsewhere, training_arguments, warn_if_too_large
-from vir_hf.training.inputs import load_eval_rows, make_collator, rows_and_plan
+from vir_hf.training.inputs import make_collator, rows_and_plan
 from vir_hf.training.progress import StepLines
+from vir_hf.training.report import watchers
 from vir_hf.training.signals import RunStopped, StopOnSignal
 from vir_hf.training.summary import report_audit, summarise, summarise_left_out
 from vir_hf.training.trainer import LlavaTrainer
@@ -80,8 +81,9 @@ def _train(recipe: Recipe, signals: StopOnSignal, callbacks: Sequence[TrainerCal
     )
     bad_rows: list[BadRow] = []
     bad_eval_rows: list[BadRow] = []
-    rows, sampler = rows_and_plan(recipe, processor, bad_rows, arguments.world_size, arguments.process_index)
-    eval_rows = load_eval_rows(recipe, processor, bad_eval_rows)
+    rows, sampler, eval_rows = rows_and_plan(
+        recipe, processor, bad_rows, bad_eval_rows, arguments.world_size, arguments.process_index
+    )
     check_trainable(model, recipe)
     ranks.together(lambda: keep_base(model, processor, recipe, is_main_process=is_main))
     collator = make_collator(recipe, processor)
@@ -116,6 +118,8 @@ def _train(recipe: Recipe, signals: StopOnSignal, callbacks: Sequence[TrainerCal
         callbacks=[StepLines(), signals, *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
+    for callback in watchers(trainer, recipe):
+        trainer.add_callback(callback)
     engine = ranks.together(lambda: engine_check.check(trainer.accelerator, engine_check.asked_for()))
     if is_main:
         say(engine_check.first_line(engine, sampler.rows_per_step, trainer.args.device))

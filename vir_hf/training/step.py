@@ -56,7 +56,8 @@ def compact_supervised(inputs: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
+def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
+    """Return what of a batch the model takes; the rest is there to count and to name rows by."""
     return {name: value for name, value in batch.items() if name not in _NOT_FOR_THE_MODEL}
 
 
@@ -148,7 +149,7 @@ class StepTrainer(SFTTrainer):
         try:
             for number, batch in enumerate(micro_batches):
                 is_last = number == len(micro_batches) - 1
-                losses.append(self._micro_step(model, _model_inputs(batch), num_items, is_last))
+                losses.append(self._micro_step(model, model_inputs(batch), num_items, is_last))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -228,7 +229,7 @@ class StepTrainer(SFTTrainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """TRL's loss; over the supervised positions of a packed row if `supervised_positions_only`."""
-        inputs = _model_inputs(inputs)
+        inputs = model_inputs(inputs)
         if self.supervised_positions_only and "segment_lengths" in inputs and not return_outputs:
             inputs = compact_supervised(inputs)
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)

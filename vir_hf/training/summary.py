@@ -65,7 +65,11 @@ def summarise(trainer: LlavaTrainer, recipe: Recipe) -> dict[str, Any]:
             for entry in history
         ],
         "evaluation_history": [
-            {"step": entry["step"], "loss": entry["eval_loss"]}
+            {
+                "step": entry["step"],
+                "loss": entry["eval_loss"],
+                "token_accuracy": entry.get("eval_token_accuracy"),
+            }
             for entry in trainer.state.log_history
             if "eval_loss" in entry
         ],

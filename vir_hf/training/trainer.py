@@ -156,11 +156,6 @@ class LlavaTrainer(CheckpointingTrainer):
             )
         return super().create_scheduler(num_training_steps, optimizer)
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Upstream's evaluation, which leaves training's random numbers as they were."""
-        with torch.random.fork_rng():
-            return super().evaluate(*args, **kwargs)
-
     def all_totals(self) -> StepStatistics:
         """What all ranks have counted, together; every rank must ask."""
         totals = StepStatistics()

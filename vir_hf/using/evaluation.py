@@ -1,4 +1,4 @@
-"""How well a model answers questions it was not trained on, by `scoring.SCORERS`, and the same without its pictures.
+"""How well a model answers questions it was not trained on, by `scores.matching.SCORERS`, and the same without its pictures.
 
 `evaluation.json` and `samples.json`, which the model card is made from, are written here and nowhere else.
 """
@@ -21,11 +21,11 @@ from vir_hf.images.folder import ImageFolder
 from vir_hf.images.identity import picture_identity
 from vir_hf.images.opening import open_image
 from vir_hf.inference import Answerer, Prompt, Question
+from vir_hf.scores.matching import NORMALISATION, is_empty, mean_scores
+from vir_hf.scores.matching import exact_match as exact_match  # where scripts have found them since the first version
+from vir_hf.scores.matching import rouge_l as rouge_l
 from vir_hf.training.checkpoints import OF_EVALUATION, run_folder
 from vir_hf.using.questions import look_at_picture, row_question, row_references
-from vir_hf.using.scoring import NORMALISATION, is_empty, mean_scores
-from vir_hf.using.scoring import exact_match as exact_match  # where scripts have found them since the first version
-from vir_hf.using.scoring import rouge_l as rouge_l
 
 EVALUATION = "evaluation.json"
 SAMPLES = "samples.json"

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
-import reprlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from vir_hf.data.reading import BY_COLUMNS, Reading
 from vir_hf.errors import DataError
 from vir_hf.files import cut_to
 from vir_hf.images.folder import ImageFolder
@@ -21,8 +20,11 @@ from vir_hf.images.opening import ImageSource, open_image, read_image_header
 from vir_hf.inference import Question
 from vir_hf.rows.encoding import last_question
 from vir_hf.rows.files import lines_of, read_rows
+from vir_hf.rows.keys import is_given
 from vir_hf.rows.messages import to_messages
-from vir_hf.using.scoring import is_empty
+from vir_hf.rows.shapes import in_llava_form, shape_of, with_columns
+from vir_hf.rows.vqa import ANSWERS, CHOICES, answers_in, right_answers
+from vir_hf.scores.matching import is_empty
 
 # The beginning of a line that `vir-hf answer` was writing when it was killed.
 _CUT_ANSWER = re.compile(
@@ -30,20 +32,22 @@ _CUT_ANSWER = re.compile(
 )
 
 
-def read_questions(path: Path) -> list[dict[str, Any]]:
+def read_questions(path: Path, reading: Reading = BY_COLUMNS) -> list[dict[str, Any]]:
     """Return the rows of a data file, each with an `id` (its number from 0 if it has none) that no other has.
+
+    A row is of any shape of `vir_hf.rows.shapes`; one that `reading` forces into a shape comes as a LLaVA row.
 
     Raises:
         DataError: no such file, malformed JSON (with its line), a row that is no object, an id that comes twice.
     """
     if not path.is_file():
         raise DataError(f"{path}: cannot be read (no such file); expected a .jsonl or .json file of questions.")
-    rows = [row for _, row in read_rows(os.fspath(path))]
+    rows = [_as_read(row, reading, f"{path} row {number}") for number, row in read_rows(os.fspath(path))]
     seen: dict[str, int] = {}
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
             raise DataError(f"{path} row {number}: found {type(row).__name__}, expected an object with a question.")
-        given = next((row[key] for key in ("id", "question_id") if row.get(key) not in (None, "")), number)
+        given = next((row[key] for key in ("id", "question_id", "__key__") if row.get(key) not in (None, "")), number)
         row["id"] = str(given)
         if row["id"] in seen:
             raise DataError(
@@ -52,6 +56,17 @@ def read_questions(path: Path) -> list[dict[str, Any]]:
             )
         seen[row["id"]] = number
     return rows
+
+
+def _as_read(raw: Any, reading: Reading, place: str) -> Any:
+    row = with_columns(raw, reading.columns)
+    if reading.format is None or not isinstance(row, Mapping):
+        return row
+    try:
+        asked = in_llava_form(row, reading.format)[1]
+    except DataError as error:
+        raise DataError(f"{place}: {error}.") from error
+    return {**asked, **{key: row[key] for key in _REFERENCES if key in row}}
 
 
 def look_at_picture(source: ImageSource, folder: str | ImageFolder) -> ImageSource:
@@ -104,11 +119,11 @@ def question_messages(row: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         DataError: as `to_messages`, or no question in the row.
     """
-    if row.get("conversations") is None and row.get("messages") is None:
-        text = row.get("question", row.get("text"))
+    if not shape_of(row):
+        text = row.get("text")
         if not isinstance(text, str):
             raise DataError("the row has neither 'question' nor 'conversations'.")
-        row = {**row, "conversations": [{"from": "human", "value": text}]}
+        row = {**row, "question": text}
     return to_messages(row)
 
 
@@ -150,11 +165,14 @@ def row_references(row: Mapping[str, Any]) -> list[str]:
     Raises:
         DataError: no answer in the row, or one in a form of which nothing says what the answer is.
     """
-    for key in ("answers", "answer"):
-        references = _answers_in(row.get(key), key)
+    if any(is_given(row.get(key)) for key in CHOICES):
+        return right_answers(row)
+    for key in _REFERENCES:
+        found = dict.fromkeys(answers_in(row.get(key), key))
+        references = [text for text in found if not is_empty(text)]
         if references:
             return references
-    if row.get("conversations") is not None or row.get("messages") is not None:
+    if shape_of(row) not in ("", "vqa"):
         last = to_messages(row)["messages"][-1]
         text = "".join(part["text"] for part in last["content"] if part["type"] == "text").strip()
         if last["role"] == "assistant" and text:
@@ -162,27 +180,5 @@ def row_references(row: Mapping[str, Any]) -> list[str]:
     raise DataError("the row has no right answer: neither 'answer', 'answers' nor an answer in 'conversations'.")
 
 
-# Where VQA, TextVQA, OK-VQA, DocVQA, SQuAD and the exports of annotation tools put the text of one answer.
-_ANSWER_KEYS = ("answer", "answers", "text", "value")
-
-
-def _answers_in(value: Any, key: str) -> list[str]:
-    """Return every text that an answer column holds, each once, without empty ones."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):  # an empty cell of a table
-        return []
-    if isinstance(value, str):
-        return [] if is_empty(value) else [value]
-    if isinstance(value, bool):
-        return [str(value).lower()]
-    if isinstance(value, (int, float)):
-        return [str(value)]
-    if isinstance(value, Mapping):
-        named = next((name for name in _ANSWER_KEYS if name in value), None)
-        if named is not None:
-            return _answers_in(value[named], f"{key}.{named}")
-    elif isinstance(value, Iterable) and not isinstance(value, (bytes, bytearray)):
-        found = [text for one in value for text in _answers_in(one, key)]
-        return list(dict.fromkeys(found))
-    raise DataError(
-        f"{key!r}: found {reprlib.repr(value)}; expected a text, a number, a list of them, or VQA's [{{'answer': TEXT}}, ...]."
-    )
+# In this order: where several are right, all of them count.
+_REFERENCES = ("answers", *(key for key in ANSWERS if key != "answers"))

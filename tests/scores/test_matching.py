@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from vir_hf.using.scoring import SCORERS, exact_match, is_empty, mean_scores, normalised, rouge_l
+from vir_hf.scores.matching import SCORERS, exact_match, is_empty, mean_scores, normalised, rouge_l
 
 TEXTS = st.text(max_size=30)
 EMPTY = st.text(alphabet=" \t\n\u00a0\u200b\u200e\ufeff\u00ad", max_size=5)
