@@ -39,7 +39,7 @@ VARIABLES_OF_OTHERS = {
 
 # What a page of the Python API shows, in this order.
 API = {
-    "Models": ["vir_hf.model.build.build", "vir_hf.model.build.load_run", "vir_hf.llava.configuration_llava.LlavaConfig",
+    "Models": ["vir_hf.model.build.build", "vir_hf.model.for_use.load_run", "vir_hf.llava.configuration_llava.LlavaConfig",
                "vir_hf.llava.modeling_llava.LlavaForCausalLM", "vir_hf.llava.processing_llava.LlavaProcessor"],
     "Data": ["vir_hf.data.sources.load_llava_dataset", "vir_hf.rows.encoding.to_messages", "vir_hf.rows.encoding.encode_row",
              "vir_hf.images.opening.open_image", "vir_hf.batches.collator.LlavaDataCollator"],
