@@ -183,7 +183,7 @@ def own_meanings() -> dict[str, str]:
         if line.startswith("| `"):
             first, *rest = re.split(r"(?<!\\)\|", line.strip("| "))
             for key in re.findall(r"`(\w+\.\w+)`", first):
-                found[key] = rest[-1].strip()
+                found[key] = re.sub(r"\]\((?=[\w-]+\.md)", "](../", rest[-1].strip())  # the page lies a folder deeper
     return found
 
 
