@@ -225,6 +225,8 @@ def test_every_imported_package_is_a_dependency() -> None:
         "flash_attn",
         "torch_xla",
         "lmms_eval",
+        "llama_cpp",
+        "vllm",
         "spaces",
         "wandb",
     }  # used where someone has installed them

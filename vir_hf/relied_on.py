@@ -165,6 +165,17 @@ RELIED_ON = (
         "says in the configs of the parts what is quantised, once parts are joined or widened",
     ),
     ReliedOn(
+        "transformers.PreTrainedModel",
+        "_from_config",
+        "the names and shapes of a checkpoint's tensors without making them; the public method is the Auto classes' alone",
+    ),
+    ReliedOn(
+        "llama_cpp.Llama",
+        "_ctx",
+        "an image's embeddings are evaluated between tokens, which the class itself does only for its own chat formats",
+        seen_in="llama-cpp-python 0.3",
+    ),
+    ReliedOn(
         "transformers.core_model_loading",
         "_weight_conversions",
         "a joined model is saved in the Hub's key layout, which only loading would set",

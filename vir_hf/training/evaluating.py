@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -72,7 +73,7 @@ class EvaluatingTrainer(StepTrainer):
             inputs = model_inputs(batch)
             if "segment_lengths" in inputs:
                 inputs = compact_supervised(inputs)
-            inputs = {**self._prepare_inputs(inputs), "use_cache": False}
+            inputs = {**send_to_device(inputs, self.args.device), "use_cache": False}
             with torch.no_grad(), self.compute_loss_context_manager():
                 outputs = model(**inputs, fused_lm_head=True)
             if is_counted:
