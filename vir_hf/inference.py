@@ -23,7 +23,9 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from vir_hf.errors import DataError, RecipeError
 from vir_hf.images.opening import ImageSource
 from vir_hf.images.preprocessing import ImagePreprocessor
+from vir_hf.images.sizes import upright_size
 from vir_hf.rows.encoding import encode_prompt_with_images, stop_token_ids
+from vir_hf.rows.image_lengths import image_lengths, in_words
 
 MAX_NEW_TOKENS = 512
 
@@ -110,10 +112,11 @@ class Question:
 
 @dataclass
 class Prompt:
-    """A question as the model reads it: token ids, and `(3, height, width)` pixels of each picture."""
+    """A question as the model reads it: token ids, `(3, height, width)` pixels of each view, each picture's width and height."""
 
     input_ids: list[int]
     pixel_values: list[torch.Tensor] = field(default_factory=list)
+    image_sizes: list[tuple[int, int]] = field(default_factory=list)
 
 
 class Answerer:
@@ -175,11 +178,15 @@ class Answerer:
         limit = self.context_length
         if limit is not None and len(input_ids) >= limit:
             raise DataError(
-                f"the conversation takes {len(input_ids)} tokens ({len(images)} pictures of "
-                f"{self.processor.num_image_tokens} among them); the model reads at most {limit}. Begin a new one, or send "
-                "fewer pictures."
+                f"the conversation takes {len(input_ids)} tokens ({in_words(image_lengths(images, self.processor))} "
+                f"among them); the model reads at most {limit}. Begin a new one, or send fewer pictures."
             )
-        return Prompt(input_ids, [self._preprocess(image) for image in images])
+        pixels = [self._preprocess(image) for image in images]
+        if self.processor.views.is_fixed:
+            return Prompt(input_ids, pixels)
+        return Prompt(
+            input_ids, [view for views in pixels for view in views], [upright_size(image) for image in images]
+        )
 
     def answer(
         self,
@@ -301,6 +308,9 @@ class Answerer:
         pixels = [pixel for prompt in prompts for pixel in prompt.pixel_values]
         if pixels:
             inputs["pixel_values"] = torch.stack(pixels).to(device, self._pixel_dtype())
+        sizes = [(height, width) for prompt in prompts for width, height in prompt.image_sizes]
+        if sizes:
+            inputs["image_sizes"] = torch.tensor(sizes, device=device)
         limits = StoppingCriteriaList([_StopWhen(stop, timeout_seconds)])
         output: torch.Tensor = self.model.generate(**inputs, streamer=streamer, stopping_criteria=limits, **options)
         return output
@@ -314,9 +324,11 @@ class Answerer:
         return next(parameter.dtype for parameter in tower.parameters() if parameter.is_floating_point())
 
     def view(self, image: ImageSource) -> Image.Image:
-        """Return the picture as the vision tower sees it: padded or cropped, resized, in 8-bit RGB."""
+        """Return the picture as the vision tower sees it, of several views that of the whole, in 8-bit RGB."""
         wanted = self.processor.image_processor
         pixels = self._preprocess(image)
+        if pixels.ndim == 4:
+            pixels = pixels[0 if self.processor.views.shows_whole_first else -1]
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (wanted.image_mean, wanted.image_std))
         bytes_ = ((pixels * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
         return Image.fromarray(bytes_.permute(1, 2, 0).contiguous().numpy())

@@ -18,7 +18,9 @@ def sizes(num_rows: int = 100, num_images: int = 40, seed: int = 0) -> list[RowS
     rows = []
     for _ in range(num_rows):
         image = f"{draw.randrange(num_images)}.jpg" if draw.random() < 0.8 else None
-        rows.append(RowSize(draw.randrange(20, 400) + (576 if image else 0), int(image is not None), image))
+        num_image_tokens = 576 if image else 0
+        num_tokens = draw.randrange(20, 400) + num_image_tokens
+        rows.append(RowSize(num_tokens, int(image is not None), image, image_tokens=num_image_tokens))
     return rows
 
 
@@ -39,7 +41,7 @@ def test_every_layout_computes_the_same_rows_in_every_step(num_replicas, limits,
     reference = StepSampler(rows, 16, micro_batch_rows=16, seed=7, group_by=group_by)
     ranks = [
         StepSampler(
-            rows, 16, num_replicas=num_replicas, rank=rank, seed=7, group_by=group_by, tokens_per_image=576, **limits
+            rows, 16, num_replicas=num_replicas, rank=rank, seed=7, group_by=group_by, shares_images=True, **limits
         )
         for rank in range(num_replicas)
     ]
@@ -89,7 +91,7 @@ def test_ranks_get_even_token_counts() -> None:
 
 def test_rows_of_one_picture_stay_together() -> None:
     rows = sizes(200, num_images=50)
-    sampler = StepSampler(rows, 20, micro_batch_rows=10, num_replicas=2, group_by="image", tokens_per_image=576)
+    sampler = StepSampler(rows, 20, micro_batch_rows=10, num_replicas=2, group_by="image", shares_images=True)
     apart = 0
     for step in sampler.steps():
         where: dict[str, set[tuple[int, int]]] = {}
@@ -103,8 +105,8 @@ def test_rows_of_one_picture_stay_together() -> None:
 
 
 def test_a_token_budget_is_kept_and_a_longer_row_runs_alone() -> None:
-    rows = [*sizes(50), RowSize(9000, 1, "long.jpg")]
-    batches = fill(range(51), rows, 2500, tokens_per_image=576)
+    rows = [*sizes(50), RowSize(9000, 1, "long.jpg", image_tokens=576)]
+    batches = fill(range(51), rows, 2500, shares_images=True)
     assert sorted(row for batch in batches for row in batch) == list(range(51))
     for batch in batches:
         images = Counter(rows[row].image_key for row in batch if rows[row].image_key)
@@ -135,15 +137,15 @@ def test_limits_must_be_one_of_two() -> None:
 
 
 def test_a_picture_counts_once_only_where_the_text_before_it_is_the_same() -> None:
-    rows = [RowSize(700, 1, "same.jpg", prefix) for prefix in ("a", "a", "b", None, None)]
-    for bin_ in fill(range(5), rows, 1900, tokens_per_image=576):
+    rows = [RowSize(700, 1, "same.jpg", prefix, 576) for prefix in ("a", "a", "b", None, None)]
+    for bin_ in fill(range(5), rows, 1900, shares_images=True):
         shared = len([row for row in bin_ if rows[row].prefix_key is not None]) - len(
             {rows[row].prefix_key for row in bin_} - {None}
         )
         assert sum(rows[row].num_tokens for row in bin_) - max(shared, 0) * 576 <= 1900
-    assert fill(range(2), rows, 900, tokens_per_image=576) == [[0, 1]]  # the text is the same
-    assert fill([0, 2], rows, 900, tokens_per_image=576) == [[0], [2]]  # it is not
-    assert fill([3, 4], rows, 900, tokens_per_image=576) == [[3], [4]]  # nothing is shared
+    assert fill(range(2), rows, 900, shares_images=True) == [[0, 1]]  # the text is the same
+    assert fill([0, 2], rows, 900, shares_images=True) == [[0], [2]]  # it is not
+    assert fill([3, 4], rows, 900, shares_images=True) == [[3], [4]]  # nothing is shared
 
 
 @pytest.mark.parametrize(
@@ -163,12 +165,12 @@ def test_the_tokens_that_are_planned_are_those_of_the_batch(tiny_parts: Path, sy
         rows.append({"id": str(number), "messages": messages, "images": [image]})
     batch = LlavaDataCollator(processor, max_length=512)(rows)
     sizes = [size_of_row(row, processor, 512) for row in rows]
-    planned = fill(range(2), sizes, 10_000, processor.num_image_tokens)
+    planned = fill(range(2), sizes, 10_000, True)
     assert planned == [[0, 1]]
     limit = batch["input_ids"].shape[1]
     # What text is shared besides the image is not planned for, so a batch is never longer than its plan.
     shares = systems[0] == systems[1]
     total = sum(size.num_tokens for size in sizes) - (processor.num_image_tokens if shares else 0)
     assert limit <= total and (limit == total or shares)
-    assert fill(range(2), sizes, total, processor.num_image_tokens) == [[0, 1]]
-    assert len(fill(range(2), sizes, total - 1, processor.num_image_tokens)) == 2
+    assert fill(range(2), sizes, total, True) == [[0, 1]]
+    assert len(fill(range(2), sizes, total - 1, True)) == 2

@@ -19,7 +19,8 @@ from vir_hf.data.filters import parse_filter, script_of
 from vir_hf.data.reading import Reading
 from vir_hf.data.sources import load_llava_dataset, load_sources
 from vir_hf.errors import DataError, RecipeError
-from vir_hf.images.opening import open_image, read_upright_size
+from vir_hf.images.opening import open_image
+from vir_hf.images.sizes import upright_size
 
 
 @pytest.fixture(autouse=True)
@@ -216,9 +217,7 @@ def test_boxes_are_written_anew_by_the_size_of_the_upright_image(tmp_path: Path)
     exif = image.getexif()
     exif[274] = 6  # a quarter turn: 100 wide and 200 high
     image.save(tmp_path / "turned.jpg", exif=exif)
-    assert (
-        read_upright_size(str(tmp_path / "turned.jpg")) == open_image(str(tmp_path / "turned.jpg")).size == (100, 200)
-    )
+    assert upright_size(str(tmp_path / "turned.jpg")) == open_image(str(tmp_path / "turned.jpg")).size == (100, 200)
     row = {"image": "turned.jpg", "question": "Where?", "answer": "At [50, 50, 100, 200]."}
     (tmp_path / "rows.json").write_text(json.dumps([row, {**row, "image": None}]))
     reading = Reading.of(boxes={"from": "pixel", "to": "0-1000 xyxy"})

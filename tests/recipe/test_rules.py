@@ -22,6 +22,11 @@ EVALUATED = ["data.eval_path=eval.json", "training.eval_strategy=steps"]
 # Overrides, what the line begins with, what it says to do.
 REFUSED: list[tuple[list[str], str, str]] = [
     (["data.streaming=true"], "data.streaming: true", "Set training.max_steps"),
+    (["model.tiling=tiles", "model.image_aspect_ratio=crop"], "model.tiling: tiles show the whole image", "pad or resize"),
+    (["model.tiling=tiles", "data.allow_urls=true"], "model.tiling: an image's tokens depend on its size", "data prepare"),
+    (["model.tiling=mosaic"], "model.tiling: found 'mosaic'", "expected one of none, tiles"),
+    (["model.max_tiles=1"], "model.max_tiles: found 1", "expected 2 or more"),
+    (["model.pixel_shuffle=5"], "model.pixel_shuffle: found 5", "expected at most 4"),
     (["data.streaming=true", "training.max_steps=-1"], "data.streaming: true", "Set training.max_steps"),
     (["training.max_steps=-7"], "training.max_steps: found -7", "or -1"),
     (["training.num_train_epochs=0"], "training.num_train_epochs: found 0", "nothing would be trained"),

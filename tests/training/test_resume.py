@@ -35,6 +35,13 @@ KINDS = {
     "full": ["lora=none", "quantization=none", "trainable.language_model=full"],
     "lora": ["quantization=none", "lora.lora_dropout=0.1"],
     "qlora": ["quantization.only_on_cuda=false", "lora.lora_dropout=0.1"],
+    "tiles": [
+        "quantization=none",
+        "model.tiling=tiles",
+        "model.pixel_shuffle=2",
+        "trainable.language_model=full",
+        "lora=none",
+    ],
 }
 MEASURED = ("tokens_per_second", "data_seconds", "memory_gib", "train_runtime", "train_samples_per_second")
 

@@ -5,34 +5,40 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
+from PIL import Image
 from torch.utils.data import default_collate
 
 from vir_hf.errors import DataError, clipped, shown
 from vir_hf.images.identity import picture_identity
+from vir_hf.images.sizes import upright_size
 from vir_hf.rows.encoding import IGNORE, encode_with_images
+from vir_hf.rows.image_lengths import image_lengths, in_words, views_of_image
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class _Picture:
-    """One distinct picture of a batch and what makes it distinct."""
+    """One distinct picture of a batch, what makes it distinct, and, where images are cut into views, width and height."""
 
     key: Any
     source: Any
+    size: tuple[int, int] | None = None
 
 
 @dataclass
 class _Row:
-    """One encoded row: token ids, labels, and the index in the batch of the picture each image span shows."""
+    """One encoded row: token ids, labels, and for each image span the index of its picture in the batch, and its length."""
 
     id: str
     input_ids: list[int]
     labels: list[int]
     images: list[int]
+    lengths: list[int]
     masked_because: str | None = None
 
 
@@ -48,9 +54,11 @@ class LlavaDataCollator:
         padding_free: one row of segments instead of a padded matrix; the same loss and gradients.
         share_prefixes: rows that begin with the same tokens and the same pictures keep that beginning once.
         on_bad_image: `"raise"`, or `"skip"`: the row stays in the batch with a blank picture and nothing supervised.
-        preprocess: turns one image source into a `(3, height, width)` float tensor; by the processor if `None`.
+        preprocess: turns one image source into a `(3, height, width)` float tensor, or `(num_views, 3, height, width)` where
+            images are cut into views; by the processor if `None`.
         with_row_ids: also put `row_ids` and `masked_rows` (each with id and reason) into the batch, for a trainer to take out.
-        feature_lookup: `image source -> (num_patches, vision_hidden)` tensor or `None`; used in place of opening the picture.
+        feature_lookup: `image source -> (num_patches, vision_hidden)` tensor, with views one more dimension first, or `None`;
+            used in place of opening the picture.
     """
 
     processor: Any
@@ -75,7 +83,9 @@ class LlavaDataCollator:
 
         Padding-free: `input_ids`, `labels`, `position_ids` `(1, T)`, `segment_lengths` and `segment_prefixes`
         `(num_segments,)`. Padded: `input_ids`, `attention_mask`, `labels` `(batch, length)`. With pictures also
-        `pixel_values` `(num_distinct_images, 3, height, width)` and `image_indices` `(num_image_spans,)`.
+        `pixel_values` `(num_distinct_images, 3, height, width)` and `image_indices` `(num_image_spans,)`. Where images are cut
+        into views, `pixel_values` holds those of all images one after another, and `image_sizes` `(num_distinct_images, 2)` the
+        images' height and width.
 
         Raises:
             DataError: a row or a picture that cannot be used, by its id.
@@ -93,15 +103,19 @@ class LlavaDataCollator:
         return batch
 
     def _encode(self, row: Mapping[str, Any], pictures: list[_Picture]) -> _Row:
+        row, broken = self._with_blanks(row)
         encoding, sources = encode_with_images(row, self.processor, max_length=self.max_length)
-        is_masked = bool(row.get("is_masked"))  # a copy that only keeps its rank in step with the others
+        # A copy that only keeps its rank in step with the others, or a row of an image that is gone.
+        is_masked = bool(row.get("is_masked")) or broken is not None
         labels = [IGNORE] * len(encoding["labels"]) if is_masked else encoding["labels"]
+        lengths = image_lengths(sources, self.processor)
         num_image_tokens = encoding["input_ids"].count(self.processor.image_token_id)
-        if num_image_tokens != len(sources) * self.processor.num_image_tokens:
+        if num_image_tokens != sum(lengths):
+            views = self.processor.views
+            wanted = f"{len(lengths)} images of {views.most_tokens} tokens" if views.is_fixed else in_words(lengths)
             raise DataError(
-                f"row {shown(row.get('id', ''))}: {num_image_tokens} image tokens for {len(sources)} images of "
-                f"{self.processor.num_image_tokens} tokens each. The processor and the row disagree; is the processor the "
-                "model's own?"
+                f"row {shown(row.get('id', ''))}: {num_image_tokens} image tokens for {wanted}. Processor and row disagree; "
+                "is the processor the model's own?"
             )
         indices = []
         for source in sources:
@@ -109,9 +123,27 @@ class LlavaDataCollator:
             index = next((i for i, picture in enumerate(pictures) if picture.key == key), None)
             if index is None:
                 index = len(pictures)
-                pictures.append(_Picture(key, source))
+                size = None if self.processor.views.is_fixed else upright_size(source)
+                pictures.append(_Picture(key, source, size))
             indices.append(index)
-        return _Row(str(row.get("id") or ""), encoding["input_ids"], labels, indices)
+        return _Row(str(row.get("id") or ""), encoding["input_ids"], labels, indices, lengths, broken)
+
+    def _with_blanks(self, row: Mapping[str, Any]) -> tuple[Mapping[str, Any], str | None]:
+        """Return the row with a blank in place of each image whose header cannot be read, and why; under `skip` alone.
+
+        Without its size nobody knows how many tokens such an image takes.
+        """
+        if self.on_bad_image == "raise" or self.processor.views.is_fixed:
+            return row, None
+        images, reason = list(row.get("images") or ()), None
+        for number, source in enumerate(images):
+            try:
+                views_of_image(source, self.processor)
+            except DataError as error:
+                reason = str(error)
+                logger.warning("row %s is masked: %s", shown(row.get("id", "")), reason)
+                images[number] = Image.new("RGB", self.processor.image_size)
+        return ({**row, "images": images}, reason) if reason else (row, None)
 
     def _open_pictures(self, pictures: list[_Picture], rows: list[_Row]) -> dict[str, torch.Tensor]:
         """Pixels, or features computed before, of the distinct pictures; a picture that breaks masks its rows or raises."""
@@ -121,12 +153,13 @@ class LlavaDataCollator:
             features = [self.feature_lookup(picture.source) for picture in pictures]
             found = [feature for feature in features if feature is not None]
             if len(found) == len(pictures):
-                return {"vision_features": default_collate(found)}
+                return {"vision_features": self._joined(found), **self._sizes(pictures)}
         preprocess: Any = self.preprocess  # set by __post_init__ where it was not given
         pixels: list[torch.Tensor] = []
         for index, picture in enumerate(pictures):
+            blank = torch.zeros(*self._num_views(picture), 3, *self.processor.image_size)
             try:
-                pixels.append(preprocess(picture.source))
+                pixels.append(self._checked(preprocess(picture.source), blank))
             except DataError as error:
                 users = [row for row in rows if index in row.images]
                 names = clipped(", ".join(row.id for row in users), 120)
@@ -138,9 +171,27 @@ class LlavaDataCollator:
                 for row in users:
                     row.labels = [IGNORE] * len(row.labels)
                     row.masked_because = str(error)
-                pixels.append(torch.zeros(3, *self.processor.image_size))
+                pixels.append(blank)
+        return {"pixel_values": self._joined(pixels), **self._sizes(pictures)}
+
+    def _num_views(self, picture: _Picture) -> tuple[int, ...]:
+        return () if picture.size is None else (self.processor.views.of(*picture.size).num_views,)
+
+    @staticmethod
+    def _checked(pixels: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+        if pixels.ndim == 4 and pixels.shape != expected.shape:
+            raise DataError(f"the image has {len(expected)} views by its header, and {len(pixels)} as it is decoded.")
+        return pixels
+
+    def _joined(self, tensors: list[torch.Tensor]) -> torch.Tensor:
         # Stacked where it has to go: in a dataloader worker straight into shared memory, at half the time of a copy to there.
-        return {"pixel_values": default_collate(pixels)}
+        if self.processor.views.is_fixed:
+            return default_collate(tensors)  # type: ignore[no-any-return]
+        return default_collate([view for tensor in tensors for view in tensor])  # type: ignore[no-any-return]
+
+    def _sizes(self, pictures: list[_Picture]) -> dict[str, torch.Tensor]:
+        sizes = [(picture.size[1], picture.size[0]) for picture in pictures if picture.size is not None]
+        return {"image_sizes": torch.tensor(sizes)} if sizes else {}
 
     def _pack(self, rows: list[_Row]) -> dict[str, Any]:
         """One row of segments; rows that share a beginning are brought together behind it."""
@@ -159,11 +210,12 @@ class LlavaDataCollator:
             prefixes.append(prefix)
 
         images: list[int] = []
-        num_patches, image_token_id = self.processor.num_image_tokens, self.processor.image_token_id
+        image_token_id = self.processor.image_token_id
         for shared, members in self._groups(rows):
             first = members[0]
             prefix = len(lengths) if shared else -1
-            num_shared_images = first.input_ids[:shared].count(image_token_id) // num_patches
+            num_shared_tokens = first.input_ids[:shared].count(image_token_id)
+            num_shared_images = list(accumulate(first.lengths, initial=0)).index(num_shared_tokens)
             if shared:
                 add(first.input_ids[:shared], [IGNORE] * shared, 0, -1)
                 images.extend(first.images[:num_shared_images])
@@ -196,7 +248,7 @@ class LlavaDataCollator:
         """How many tokens the row has through its first picture, or 0 if they cannot be shared."""
         if not row.images:
             return 0
-        end = row.input_ids.index(self.processor.image_token_id) + self.processor.num_image_tokens
+        end = row.input_ids.index(self.processor.image_token_id) + row.lengths[0]
         return end if end <= shareable_length(row.labels) else 0
 
     def _shared_length(self, rows: list[_Row]) -> int:
@@ -206,15 +258,15 @@ class LlavaDataCollator:
         length = min(self._first_picture_end(first), limit)
         while length < limit and all(row.input_ids[length] == first.input_ids[length] for row in rows[1:]):
             length += 1
-        position, num_patches, image = 0, self.processor.num_image_tokens, 0
+        position, image = 0, 0
         while position < length:
             if first.input_ids[position] != self.processor.image_token_id:
                 position += 1
                 continue
             is_same = all(row.images[image] == first.images[image] for row in rows)
-            if not is_same or position + num_patches > length:
+            if not is_same or position + first.lengths[image] > length:
                 return position
-            position, image = position + num_patches, image + 1
+            position, image = position + first.lengths[image], image + 1
         return length
 
     def _pad(self, rows: list[_Row]) -> dict[str, Any]:

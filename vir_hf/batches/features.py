@@ -34,6 +34,8 @@ from vir_hf.errors import DataError, RecipeError
 from vir_hf.images.identity import Folders, file_stamp, picture_identities, picture_identity
 from vir_hf.images.opening import read_image_bytes
 from vir_hf.images.preprocessing import ImagePreprocessor
+from vir_hf.llava.configuration_llava import num_image_tokens
+from vir_hf.rows.image_lengths import views_of_image
 
 if TYPE_CHECKING:
     from vir_hf.llava.modeling_llava import LlavaModel
@@ -60,7 +62,7 @@ def cache_identity(model: LlavaModel, processor: LlavaProcessor) -> dict[str, An
         "vision_feature_select_strategy": model.config.vision_feature_select_strategy,
         "dtype": str(model.vision_tower.dtype).removeprefix("torch."),
         "image_processor": json.loads(json.dumps(processor.image_processor.to_dict(), default=str, sort_keys=True)),
-        "num_patches": processor.num_image_tokens,
+        "num_patches": num_image_tokens(model.config.vision_config, model.config.vision_feature_select_strategy),
         "width": model.config.vision_config.hidden_size
         * (1 if isinstance(model.config.vision_feature_layer, int) else len(model.config.vision_feature_layer)),
     }
@@ -72,13 +74,17 @@ class FeatureCache:
     Args:
         folder: made if it does not exist.
         identity: of `cache_identity`.
+        processor: says how many views an image has, each of which is an entry; every image is one by default.
 
     Raises:
         RecipeError: the folder holds features of another tower, preprocessing, layer or dtype.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], identity: dict[str, Any]):
+    def __init__(
+        self, folder: str | os.PathLike[str], identity: dict[str, Any], processor: LlavaProcessor | None = None
+    ):
         self.folder, self.identity = Path(folder), identity
+        self._processor = None if processor is None or processor.views.is_fixed else processor
         self.folder.mkdir(parents=True, exist_ok=True)
         self._check_identity()
         self.shape = (int(identity["num_patches"]), int(identity["width"]))
@@ -99,18 +105,33 @@ class FeatureCache:
         return len(self._entries)
 
     def __contains__(self, source: Any) -> bool:
-        entry = self._entries.get(self.digest(source))
-        return entry is not None and self._is_whole(entry)
+        entries = [self._entries.get(digest) for digest in self._digests_of(source)]
+        return all(entry is not None and self._is_whole(entry) for entry in entries)
 
     def __call__(self, source: Any) -> torch.Tensor | None:
-        """Return the features of a picture, `(num_patches, vision_hidden)`.
+        """Return the features of a picture, `(num_patches, vision_hidden)`, or `(num_views, num_patches, vision_hidden)`.
 
         `None` if they are not in the cache, are damaged there, or if the picture cannot be read: who opens it will see why.
         """
         try:
-            entry = self._entries.get(self.digest(source))
+            digests = self._digests_of(source)
         except DataError:
             return None
+        features = [self._read(digest) for digest in digests]
+        whole = [feature for feature in features if feature is not None]
+        if len(whole) < len(features):
+            return None
+        return whole[0] if self._processor is None else torch.stack(whole)
+
+    def _digests_of(self, source: Any) -> list[str]:
+        """The names of a picture's entries: its digest, where it has views with their numbers."""
+        digest = self.digest(source)
+        if self._processor is None:
+            return [digest]
+        return [f"{digest}/{number}" for number in range(views_of_image(source, self._processor).num_views)]
+
+    def _read(self, digest: str) -> torch.Tensor | None:
+        entry = self._entries.get(digest)
         if entry is None or not self._is_whole(entry):
             return None
         values = self._shard(entry)[entry.number].copy()
@@ -149,12 +170,15 @@ class FeatureCache:
 
     def verify(self, source: Any) -> bool:
         """Whether a picture's features are there and as they were written; a damaged entry is taken out of its index."""
-        entry = self._entries.get(self.digest(source))
+        found = [self._verify(digest) for digest in self._digests_of(source)]  # every one: each may be damaged
+        return all(found)
+
+    def _verify(self, digest: str) -> bool:
+        entry = self._entries.get(digest)
         if entry is None or not self._is_whole(entry):
             return False
         if entry.checksum in (None, zlib.crc32(self._shard(entry)[entry.number])):
             return True
-        digest = self.digest(source)
         del self._entries[digest]
         index = self.folder / f"{entry.shard}.index"
         lines = [line for line in index.read_bytes().splitlines(keepends=True) if line.split()[:1] != [digest.encode()]]
@@ -163,11 +187,18 @@ class FeatureCache:
         return False
 
     def add(self, source: Any, features: torch.Tensor) -> None:
-        """Store the features of one picture, `(num_patches, vision_hidden)`."""
+        """Store the features of one picture, as calling the cache returns them."""
         self.store(self.digest(source), features)
 
     def store(self, digest: str, features: torch.Tensor) -> None:
         """`add`, for a picture whose digest is known."""
+        if self._processor is None:
+            self._store(digest, features)
+            return
+        for number, view in enumerate(features):
+            self._store(f"{digest}/{number}", view)
+
+    def _store(self, digest: str, features: torch.Tensor) -> None:
         if tuple(features.shape) != self.shape:
             raise ValueError(f"features of shape {tuple(features.shape)}; this cache holds {self.shape}")
         if self._writer is None:
@@ -395,9 +426,10 @@ def fill_cache(
         for batch in loader:
             opened = [picture for picture in batch if picture is not None]
             if opened:
-                features = model.encode_images(torch.stack([pixels for _, pixels in opened]).to(device))
-                for (digest, _), value in zip(opened, features, strict=True):
-                    cache.store(digest, value)
+                views = [pixels if pixels.ndim == 4 else pixels.unsqueeze(0) for _, pixels in opened]
+                features = model.encode_images(torch.cat(views).to(device)).split([len(of_one) for of_one in views])
+                for (digest, pixels), value in zip(opened, features, strict=True):
+                    cache.store(digest, value if pixels.ndim == 4 else value[0])
             yield len(opened)
     cache.flush()
 
@@ -423,7 +455,7 @@ def cache_for_training(
         return None
     state = PartialState()
     folder = Path(recipe.training.output_dir) / "feature_cache" if wanted is True else Path(str(wanted))
-    cache = FeatureCache(folder, cache_identity(model, processor))
+    cache = FeatureCache(folder, cache_identity(model, processor), processor)
     sources = distinct_pictures(rows)
     if state.is_main_process:
         logger.warning("%s (%d there already)", cache.check_disk(max(0, len(sources) - len(cache))), len(cache))

@@ -13,12 +13,14 @@ from accelerate import PartialState
 import vir_hf
 from vir_hf.batches.collator import shareable_length
 from vir_hf.batches.sampling import RowSize, StepSampler
+from vir_hf.data.cache import flat_batches
 from vir_hf.data.located import MIXTURE, BadRow, BadRowPolicy
 from vir_hf.errors import DataError
-from vir_hf.images.identity import picture_identity
+from vir_hf.images.identity import file_stamp, picture_identity
 from vir_hf.llava.processing_llava import LlavaProcessor
 from vir_hf.recipe.rules import global_batch_size
-from vir_hf.rows.encoding import encode_row
+from vir_hf.rows.encoding import encode_with_images
+from vir_hf.rows.image_lengths import image_lengths
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 # Below this many rows one process measures them sooner than several start.
 _ROWS_PER_PROCESS = 20_000
 # Part of the cache's name: raised when what is measured, or how rows are encoded, changes.
-_MEASURE_VERSION = 4
+_MEASURE_VERSION = 5
 
 
 def plan_steps(
@@ -54,7 +56,7 @@ def plan_steps(
         seed=training.seed if training.data_seed is None else training.data_seed,
         group_by="image" if training.group_by_image else None,
         balance_tokens=training.balance_tokens,
-        tokens_per_image=processor.num_image_tokens if shares_prefixes(recipe) else 0,
+        shares_images=shares_prefixes(recipe),
         drop_last=bool(training.dataloader_drop_last),
     )
 
@@ -65,23 +67,24 @@ def shares_prefixes(recipe: Recipe) -> bool:
 
 
 def size_of_row(row: dict[str, Any], processor: LlavaProcessor, max_length: int | None) -> RowSize:
-    """Return what planning needs to know of a row, pictures undecoded; no picture is opened.
+    """Return what planning needs to know of a row; of pictures at most the header is read.
 
     Raises:
         DataError: the row cannot be encoded.
     """
-    encoding = encode_row(row, processor, max_length=max_length)
-    images = row["images"] or []
-    num_images = encoding.get("num_images", len(images))  # what is left where turns were cut off
-    key = picture_identity(images[0]) if num_images else None
-    prefix = _prefix_key(encoding, processor) if num_images else ""
-    return RowSize(len(encoding["input_ids"]), num_images, key if isinstance(key, str) else None, prefix)
+    encoding, images = encode_with_images(row, processor, max_length=max_length)
+    if not images:
+        return RowSize(len(encoding["input_ids"]))
+    key = picture_identity(images[0])
+    (first,) = image_lengths(images[:1], processor)
+    prefix = _prefix_key(encoding, processor.image_token_id, first)
+    return RowSize(len(encoding["input_ids"]), len(images), key if isinstance(key, str) else None, prefix, first)
 
 
-def _prefix_key(encoding: dict[str, Any], processor: LlavaProcessor) -> str | None:
+def _prefix_key(encoding: dict[str, Any], image_token_id: int, num_first: int) -> str | None:
     """Return what the ids before the first picture have in common with those of rows that share it, as the collator does."""
-    start = encoding["input_ids"].index(processor.image_token_id)
-    if start + processor.num_image_tokens > shareable_length(encoding["labels"]):
+    start = encoding["input_ids"].index(image_token_id)
+    if start + num_first > shareable_length(encoding["labels"]):
         return None
     return hashlib.sha256(repr(encoding["input_ids"][:start]).encode()).hexdigest()[:16]
 
@@ -89,7 +92,7 @@ def _prefix_key(encoding: dict[str, Any], processor: LlavaProcessor) -> str | No
 def measure_rows(
     rows: Dataset, processor: LlavaProcessor, recipe: Recipe, bad_rows: list[BadRow]
 ) -> tuple[Dataset, list[RowSize]]:
-    """Return the rows that can be encoded and their sizes, from text and image count; no picture is opened.
+    """Return the rows that can be encoded and their sizes, from text and images; no picture is decoded.
 
     One process a node measures, with all its cores, and keeps the result beside the rows' own cache; the others read it.
 
@@ -128,7 +131,7 @@ def measure_rows(
         bad_rows += found
         good = [number for number, reason in enumerate(reasons) if reason is None]
         rows, measured = rows.select(good), measured.select(good)
-    columns = [measured[name] for name in ("num_tokens", "num_images", "image_key", "prefix_key")]
+    columns = [measured[name] for name in ("num_tokens", "num_images", "image_key", "prefix_key", "image_tokens")]
     return rows, [RowSize(*values) for values in zip(*columns, strict=True)]
 
 
@@ -140,7 +143,8 @@ def _fingerprint(rows: Dataset, processor: LlavaProcessor, max_length: int | Non
         rows._fingerprint,
         processor.chat_template,
         processor.template,
-        processor.num_image_tokens,
+        repr(processor.views),
+        None if processor.views.is_fixed else _stamps_of_images(rows),
         max_length,
         hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
         if getattr(tokenizer, "is_fast", False)
@@ -149,3 +153,12 @@ def _fingerprint(rows: Dataset, processor: LlavaProcessor, max_length: int | Non
         tokenizer.bos_token,
     ]
     return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()[:32]
+
+
+def _stamps_of_images(rows: Dataset) -> str:
+    """Return a digest of size and time of every image file of the rows: another file of the same name may have other views."""
+    places: dict[str, None] = {}
+    for _, table in flat_batches(rows, ["images"]):
+        images = table.column("images").combine_chunks().flatten()
+        places.update(dict.fromkeys(images.field("path").drop_null().to_pylist()))
+    return hashlib.sha256(repr([file_stamp(place) for place in places]).encode()).hexdigest()

@@ -26,12 +26,14 @@ class RowSize:
         image_key: the first picture's `picture_identity`, `None` for a row of text alone.
         prefix_key: which text stands before the first picture. Rows of one picture share its tokens where this is the same;
             `None`: the row shares nothing.
+        image_tokens: of the first picture.
     """
 
     num_tokens: int
     num_images: int = 0
     image_key: str | None = None
     prefix_key: str | None = ""
+    image_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def split_into_steps(
     return steps + [rest[start : start + rows_per_step] for start in range(0, len(rest), rows_per_step)]
 
 
-def _units(rows: Sequence[int], sizes: Sequence[RowSize], tokens_per_image: int) -> list[tuple[int, list[int]]]:
+def _units(rows: Sequence[int], sizes: Sequence[RowSize], shares_images: bool) -> list[tuple[int, list[int]]]:
     """`(tokens, rows)` for every group of rows about one picture, which counts once for those that begin with the same text."""
     groups: dict[Any, list[int]] = {}
     for row in rows:
@@ -93,20 +95,21 @@ def _units(rows: Sequence[int], sizes: Sequence[RowSize], tokens_per_image: int)
     def num_tokens(members: list[int]) -> int:
         prefixes = [sizes[row].prefix_key for row in members]
         num_sharing = sum(prefix is not None for prefix in prefixes) - len(set(prefixes) - {None})
-        return sum(sizes[row].num_tokens for row in members) - num_sharing * tokens_per_image
+        shared = num_sharing * sizes[members[0]].image_tokens if shares_images else 0
+        return sum(sizes[row].num_tokens for row in members) - shared
 
     return [(num_tokens(members), members) for members in groups.values()]
 
 
 def deal(
-    rows: Sequence[int], sizes: Sequence[RowSize], num_bins: int, max_rows: int, tokens_per_image: int = 0
+    rows: Sequence[int], sizes: Sequence[RowSize], num_bins: int, max_rows: int, shares_images: bool = False
 ) -> list[list[int]]:
     """Share rows out over bins of at most `max_rows` rows with about equal token counts, rows of one picture together.
 
     Longest first, each to the bin with the fewest tokens that has room; a group that fits nowhere is taken apart.
     """
     bins: list[list[int]] = [[] for _ in range(num_bins)]
-    units = _units(rows, sizes, tokens_per_image)
+    units = _units(rows, sizes, shares_images)
     units = [
         (tokens * len(part) // len(members), part)
         for tokens, members in units
@@ -135,11 +138,13 @@ def deal(
     return bins
 
 
-def fill(rows: Sequence[int], sizes: Sequence[RowSize], max_tokens: int, tokens_per_image: int = 0) -> list[list[int]]:
+def fill(
+    rows: Sequence[int], sizes: Sequence[RowSize], max_tokens: int, shares_images: bool = False
+) -> list[list[int]]:
     """Share rows out over as few bins as it takes for none to exceed `max_tokens` (a longer row has a bin of its own)."""
     bins: list[tuple[int, list[int]]] = []
     pieces: list[tuple[int, list[int]]] = []
-    for tokens, members in _units(rows, sizes, tokens_per_image):
+    for tokens, members in _units(rows, sizes, shares_images):
         if tokens <= max_tokens:
             pieces.append((tokens, members))
         else:
@@ -162,7 +167,7 @@ class StepSampler(Sampler[list[StepPlan]]):
         rows_per_step: the recipe's global batch.
         micro_batch_rows: rows a micro-batch may hold, on each rank.
         max_tokens_per_batch: tokens a micro-batch may hold, instead of a number of rows.
-        tokens_per_image: image tokens that rows about one picture share.
+        shares_images: rows that begin with one picture keep its tokens once.
         group_by: see `epoch_order`.
         balance_tokens: share rows out by token count; otherwise in their order.
 
@@ -182,7 +187,7 @@ class StepSampler(Sampler[list[StepPlan]]):
         seed: int = 0,
         group_by: str | None = None,
         balance_tokens: bool = True,
-        tokens_per_image: int = 0,
+        shares_images: bool = False,
         drop_last: bool = False,
     ):
         if (micro_batch_rows is None) == (max_tokens_per_batch is None):
@@ -193,7 +198,7 @@ class StepSampler(Sampler[list[StepPlan]]):
         self.micro_batch_rows, self.max_tokens_per_batch = micro_batch_rows, max_tokens_per_batch
         self.num_replicas, self.rank = num_replicas, rank
         self.seed, self.epoch, self.group_by = seed, 0, group_by
-        self.balance_tokens, self.tokens_per_image, self.drop_last = balance_tokens, tokens_per_image, drop_last
+        self.balance_tokens, self.shares_images, self.drop_last = balance_tokens, shares_images, drop_last
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration visits."""
@@ -217,11 +222,11 @@ class StepSampler(Sampler[list[StepPlan]]):
         """Share one step's rows out over all ranks; every rank runs the same number of micro-batches."""
         max_rows = -(-len(rows) // self.num_replicas)
         if self.balance_tokens:
-            shares = deal(rows, self.sizes, self.num_replicas, max_rows, self.tokens_per_image)
+            shares = deal(rows, self.sizes, self.num_replicas, max_rows, self.shares_images)
         else:
             shares = [list(rows[rank * max_rows : (rank + 1) * max_rows]) for rank in range(self.num_replicas)]
         if self.max_tokens_per_batch is not None:
-            batches = [fill(share, self.sizes, self.max_tokens_per_batch, self.tokens_per_image) for share in shares]
+            batches = [fill(share, self.sizes, self.max_tokens_per_batch, self.shares_images) for share in shares]
             num_batches = max(len(share) for share in batches)
         else:
             size = self.micro_batch_rows or 1
@@ -231,7 +236,7 @@ class StepSampler(Sampler[list[StepPlan]]):
 
     def _cut(self, share: list[int], num_batches: int, size: int) -> list[list[int]]:
         if self.balance_tokens:
-            dealt = deal(share, self.sizes, num_batches, size, self.tokens_per_image)
+            dealt = deal(share, self.sizes, num_batches, size, self.shares_images)
             return [rows for rows in dealt if rows]
         return [share[start : start + size] for start in range(0, len(share), size)]
 

@@ -119,8 +119,7 @@ class StepStream(IterableDataset[list[list[dict[str, Any]]]]):
         if self.plan.max_tokens_per_batch is None:
             size = self.plan.micro_batch_rows or 1
             return [rows[start : start + size] for start in range(0, len(rows), size)]
-        shared = self.processor.num_image_tokens if self.plan.shares_prefixes else 0
-        bins = fill(range(len(rows)), sizes, self.plan.max_tokens_per_batch, shared)
+        bins = fill(range(len(rows)), sizes, self.plan.max_tokens_per_batch, self.plan.shares_prefixes)
         return [[rows[number] for number in numbers] for numbers in bins]
 
 

@@ -130,8 +130,8 @@ def backward_per_token(block: BlockShape, numerics: Numerics) -> float:
     return total
 
 
-def tower_per_image(model: ModelShape, numerics: Numerics) -> float:
-    """Bytes an image takes while it passes a frozen tower without autograd: one block's tensors, freed at once."""
+def tower_per_view(model: ModelShape, numerics: Numerics) -> float:
+    """Bytes a view takes while it passes a frozen tower without autograd: one block's tensors, freed at once."""
     vision, element = model.vision, numerics.compute_bytes
     mlp = 3 * vision.mlp_size + 2 * vision.hidden_size
     attention = 5 * vision.query_size + vision.hidden_size
@@ -142,7 +142,7 @@ def features_per_image(model: ModelShape, numerics: Numerics) -> float:
     """Bytes an image's features keep through the step: the tower's, and what the projector keeps for its backward."""
     tower = model.vision_width * (numerics.compute_bytes + (4 if numerics.autocast else 0))
     projector = 3 * model.text.hidden_size * numerics.compute_bytes
-    return model.num_image_tokens * (tower + projector)
+    return model.views_per_image * model.num_tower_tokens * tower + model.num_image_tokens * projector
 
 
 def outside_blocks(model: ModelShape, numerics: Numerics, tokens: int, supervised: int) -> float:

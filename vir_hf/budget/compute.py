@@ -49,7 +49,7 @@ def step_compute(
     head_passes = 1 + 1 + (1 if model.head_is_trained else 0)
     projector = 2 * projected_images * model.num_image_tokens * model.count(part="projector", is_trained=True)
     tower_pairs = 2 * 2 * model.num_tower_tokens * model.vision.query_size
-    tower_tokens = images * model.num_tower_tokens
+    tower_tokens = images * model.views_per_image * model.num_tower_tokens
     tower_forward, tower_backward = _linear_passes(model.vision, model.rank)
     trained_tower = model.vision.num_trained
     tower = model.vision.num_run * tower_tokens * (2 * model.vision.weight_count + tower_pairs)

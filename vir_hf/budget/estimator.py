@@ -16,6 +16,7 @@ from vir_hf.budget.layouts import LAYOUTS, Layout, bucket_bytes, gathered_bytes
 from vir_hf.budget.shapes import describe
 from vir_hf.data.statistics import DatasetStatistics
 from vir_hf.errors import RecipeError
+from vir_hf.llava.modeling_llava import LlavaModel
 from vir_hf.model.precision import precision_on
 from vir_hf.recipe.rules import global_batch_size
 
@@ -214,7 +215,8 @@ class Estimator:
         layout = layout or self.layouts[0]
         kept, gradients = self._persistent(layout), self._gradients(layout)
         buckets = bucket_bytes(layout, self.model.count(is_trained=True), self._ranks(layout))
-        pixels = batch.step_images * 3 * self.model.image_size**2 * 4  # a step's pictures arrive together, in fp32
+        num_views = batch.step_images * self.model.views_per_image
+        pixels = num_views * 3 * self.model.image_size**2 * 4  # a step's pictures arrive together, in fp32
         flow = self._flow(batch, checkpointing, layout)
         at_work = flow.one_block if checkpointing else 0.0
         parts = {
@@ -253,7 +255,8 @@ class Estimator:
         casts = activations.cast_weights(text, numerics, model.rank)
         saved = activations.saved_per_token(text, numerics, model.rank, checkpointing=checkpointing)
         one_block = casts + batch.tokens * sum(saved.values())
-        tower_tokens = batch.images * model.num_tower_tokens
+        num_views = batch.images * model.views_per_image
+        tower_tokens = num_views * model.num_tower_tokens
         features = batch.images * activations.features_per_image(model, numerics)
         held = features + activations.outside_blocks(model, numerics, batch.tokens, batch.supervised)
         if checkpointing:  # the blocks' inputs alone
@@ -271,9 +274,13 @@ class Estimator:
             casts=text.num_run * casts if checkpointing else 0.0,
             backward=batch.tokens * activations.backward_per_token(text, numerics) + dequantised,
             head=activations.head_bytes(model, numerics, batch.supervised),
-            tower=0.0 if is_cached else batch.images * activations.tower_per_image(model, numerics),
+            tower=0.0 if is_cached else self._views_at_once(num_views) * activations.tower_per_view(model, numerics),
             features=features,
         )
+
+    def _views_at_once(self, num_views: int) -> int:
+        """Views that pass the tower together: all of a micro-batch, or a chunk of them if it is frozen."""
+        return num_views if self.model.vision.num_trained else min(num_views, LlavaModel.views_per_chunk)
 
     def _ranks(self, layout: Layout) -> int:
         return 1 if layout.is_single else self.world_size
@@ -412,6 +419,9 @@ class Estimator:
             )
         else:
             yield f"rows: {self.statistics.source}"
+        if self.model.views_per_image > 1:
+            views, tokens = self.model.views_per_image, self.model.num_image_tokens
+            yield f"every image is taken to have all of its {views} views, {tokens} tokens"
         if self.optimizer not in _OPTIMIZER_BYTES:
             yield f"training.optim={self.optimizer} is not in the planner's table; counted as AdamW, 8 bytes a weight"
         if self.recipe.model.adapter:

@@ -20,6 +20,7 @@ from vir_hf.errors import RecipeError
 from vir_hf.llava.configuration_llava import LlavaConfig, select_strategy
 from vir_hf.llava.configuration_llava import num_image_tokens as tokens_of_image
 from vir_hf.llava.modeling_llava import LlavaForCausalLM
+from vir_hf.llava.views import views_of_config
 from vir_hf.model.configs import check_vision_tower, check_whole_model, read_config
 from vir_hf.model.language_models import judge_language_model
 from vir_hf.model.quantization import NOT_QUANTIZED
@@ -103,6 +104,8 @@ class ModelShape:
 
     Attributes:
         rank: of the adapters, 0 without.
+        num_tower_tokens: of one view.
+        num_image_tokens: of one image with as many views as it may have, `views_per_image`.
         file_dtype: of the weights on disk, where the config says it.
         sources: where each config was read.
     """
@@ -115,6 +118,7 @@ class ModelShape:
     num_tower_tokens: int
     num_image_tokens: int
     vision_width: int
+    views_per_image: int
     head_is_trained: bool
     rank: int
     file_dtype: str | None
@@ -176,8 +180,9 @@ def _describe(recipe: Recipe, dtype: torch.dtype) -> ModelShape:
         vocab_size=head.weight.shape[0],
         image_size=vision.image_size,
         num_tower_tokens=tokens_of_image(vision, "full"),
-        num_image_tokens=tokens_of_image(vision, config.vision_feature_select_strategy),
+        num_image_tokens=views_of_config(config).most_tokens,
         vision_width=vision.hidden_size * len(selected),
+        views_per_image=views_of_config(config).most_views,
         head_is_trained=bool(head.weight.requires_grad),
         file_dtype=str(text.dtype).removeprefix("torch.") if getattr(text, "dtype", None) else None,
         rank=int(recipe.lora.arguments.get("r") or 8) if recipe.lora.arguments else 0,
@@ -215,6 +220,7 @@ def load_configs(recipe: Recipe) -> tuple[LlavaConfig, tuple[str, ...]]:
     vision = getattr(vision, "vision_config", vision)
     try:
         strategy = select_strategy(vision, wanted.vision_feature_select_strategy)
+        num_tokens = tokens_of_image(vision, strategy, wanted.pixel_shuffle)
     except ValueError as error:
         raise RecipeError(f"model.vision_tower={wanted.vision_tower}: {error}") from error
     # The image token is a new row, and rows are added up to a multiple of 64.
@@ -224,18 +230,21 @@ def load_configs(recipe: Recipe) -> tuple[LlavaConfig, tuple[str, ...]]:
         text_config=text,
         vision_config=vision,
         image_token_id=image_token_id,
-        image_seq_length=tokens_of_image(vision, strategy),
+        image_seq_length=num_tokens,
         vision_feature_layer=wanted.vision_feature_layer,
         vision_feature_select_strategy=strategy,
         projector_type=wanted.projector_type,
+        tiling=wanted.tiling,
+        max_tiles=wanted.tiles,
+        pixel_shuffle=wanted.pixel_shuffle,
         tie_word_embeddings=bool(getattr(text, "tie_word_embeddings", False)),
     )
     return config, (text_source, vision_source)
 
 
 def num_image_tokens(recipe: Recipe) -> int:
-    """Return how many tokens a picture takes."""
-    return int(load_configs(recipe)[0].image_seq_length)
+    """Return how many tokens an image takes, at most where it depends on its size."""
+    return views_of_config(load_configs(recipe)[0]).most_tokens
 
 
 def _quantised_weights(model: LlavaForCausalLM, recipe: Recipe) -> set[int]:

@@ -33,10 +33,11 @@ from vir_hf.images.opening import (
     is_misnamed,
     open_image,
     read_image_header,
-    read_upright_size,
 )
+from vir_hf.images.sizes import upright_size
 from vir_hf.rows.encoding import IGNORE, encode_messages, encode_row
 from vir_hf.rows.files import RowRange, find_data_files, image_root, read_rows, split_rows
+from vir_hf.rows.image_lengths import image_lengths
 from vir_hf.rows.keys import unread_keys
 from vir_hf.rows.messages import FATAL_KINDS, PROBLEM_KINDS, examine
 from vir_hf.rows.shapes import in_llava_form, with_columns
@@ -59,6 +60,7 @@ REMEDIES = {
     "image_too_large": "Shrink the picture.",
     "image_outside_folder": "Keep pictures below the image folder.",
     "image_url": "Download the picture (vir-hf data prepare), or set data.allow_urls=true.",
+    "image_shape": "Crop the image, or leave its rows out.",
     "image_few_greys": "Scale its greys to 8 bits yourself; the upper 8 of 16 bits are kept, whatever part of them is used.",
     "image_misnamed": "Nothing need be done: the content is what counts. Rename the file for other tools.",
 }
@@ -339,11 +341,11 @@ def _read_row(raw: Any) -> tuple[list[tuple[str, str]], str, Any, dict[str, Any]
 def _size_of(image: Any, file: str) -> tuple[int, int]:
     """Return width and height of an image of a row, as it stands upright."""
     if isinstance(image, dict) and image.get("bytes") is not None:
-        return read_upright_size({"bytes": image["bytes"], "path": image.get("path")})
+        return upright_size({"bytes": image["bytes"], "path": image.get("path")})
     name = image.get("path") if isinstance(image, dict) else image
     if not isinstance(name, str):
         raise ImageError("image_missing", f"image {shown(image)}: expected a file name")
-    return read_upright_size(_CHECK.folder_of(file).locate(name))
+    return upright_size(_CHECK.folder_of(file).locate(name))
 
 
 def _check_boxes(row: dict[str, Any], number: int, row_id: str, result: _PartResult) -> Iterator[tuple[str, str]]:
@@ -367,12 +369,32 @@ def _check_content(row: dict[str, Any], number: int, row_id: str, result: _PartR
     if _CHECK.processor is None:
         result.lengths.append(sum(len(p.get("text") or "") for m in row["messages"] for p in m["content"]))
     else:
-        labels = encode_messages(row["messages"], _CHECK.processor, expand_images=False)["labels"]
-        num_tokens = len(labels) + len(row["images"]) * (_CHECK.processor.num_image_tokens - 1)
+        images = row["images"]
+        labels = encode_messages(row["messages"], _CHECK.processor, expand_images=False, images=images)["labels"]
+        try:
+            lengths = image_lengths(_in_their_folder(images, result.file), _CHECK.processor)
+        except ImageError:
+            return  # said where images are looked at
+        except DataError as error:
+            yield "image_shape", str(error)
+            return
+        num_tokens = len(labels) + sum(lengths) - len(images)
         result.lengths.append(num_tokens)
         result.supervised.append(len(labels) - labels.count(IGNORE))
         if _CHECK.max_length is not None and num_tokens > _CHECK.max_length:
-            yield _too_long(row, num_tokens, _CHECK.max_length)
+            yield _too_long(row, num_tokens, _CHECK.max_length, result.file)
+
+
+def _in_their_folder(images: list[Any], file: str) -> list[Any]:
+    """Return the images with references turned into places, where their headers are needed for their tokens."""
+    views = getattr(_CHECK.processor, "views", None)
+    if views is None or views.is_fixed:
+        return images
+    located = []
+    for image in images:
+        path = image.get("path") if isinstance(image, dict) and image.get("bytes") is None else image
+        located.append(_CHECK.folder_of(file).locate(path) if isinstance(path, str) else image)
+    return located
 
 
 def _printable(text: str) -> str:
@@ -380,9 +402,10 @@ def _printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _too_long(row: dict[str, Any], num_tokens: int, max_length: int) -> tuple[str, str]:
+def _too_long(row: dict[str, Any], num_tokens: int, max_length: int, file: str) -> tuple[str, str]:
     try:
-        kept = encode_row(row, _CHECK.processor, max_length=max_length)
+        images = _in_their_folder(row["images"], file)
+        kept = encode_row({**row, "images": images}, _CHECK.processor, max_length=max_length)
     except DataError as error:
         return "nothing_supervised", str(error)
     lost = num_tokens - len(kept["input_ids"])

@@ -19,7 +19,8 @@ from vir_hf.errors import DataError, clipped
 from vir_hf.images.opening import open_image
 from vir_hf.images.preprocessing import ImagePreprocessor
 from vir_hf.rows.boxes import BoxForm, find_boxes, is_outside
-from vir_hf.rows.encoding import encode_row
+from vir_hf.rows.encoding import encode_row, encode_with_images
+from vir_hf.rows.image_lengths import image_lengths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,32 +88,33 @@ def inspect_row(row: dict[str, Any], number: int, processor: Any, max_length: in
     Raises:
         DataError: the row cannot be trained on.
     """
-    encoded = encode_row(row, processor, max_length=max_length, where=f"row {number}")
+    encoded, images = encode_with_images(row, processor, max_length=max_length, where=f"row {number}")
     num_cut = 0
     if max_length is not None:
         num_cut = len(encode_row(row, processor)["input_ids"]) - len(encoded["input_ids"])
-    num_images = encoded.get("num_images", len(row["images"]))
-    spans = _spans(encoded["input_ids"], encoded["labels"], processor)
+    spans = _spans(encoded["input_ids"], encoded["labels"], image_lengths(images, processor), processor)
     texts = tuple(part["text"] for message in row["messages"] for part in message["content"] if part.get("text"))
-    return InspectedRow(number, str(row["id"]), spans, list(row["images"])[:num_images], num_cut, texts)
+    return InspectedRow(number, str(row["id"]), spans, list(images), num_cut, texts)
 
 
-def _spans(input_ids: list[int], labels: list[int], processor: Any) -> list[Span]:
+def _spans(input_ids: list[int], labels: list[int], lengths: list[int], processor: Any) -> list[Span]:
     sorts = [
         "image" if token == processor.image_token_id else "read" if label < 0 else "learned"
         for token, label in zip(input_ids, labels, strict=True)
     ]
-    spans = []
+    spans: list[Span] = []
+    remaining = iter(lengths)
+    whole = next(remaining, 0)
     start = segment = 0  # a segment is the text between images, which is decoded as a whole
     for end in range(1, len(sorts) + 1):
         is_image, length = sorts[start] == "image", end - start
-        is_whole = is_image and length == processor.num_image_tokens
+        is_whole = is_image and length == whole
         if end < len(sorts) and sorts[end] == sorts[start] and not is_whole:
             continue
         ids = input_ids[start:end]
         if is_image:
             spans.append(Span("image", f"<image x{length}>", ids, []))
-            segment = end
+            segment, whole = end, next(remaining, 0)
         else:
             pieces = _pieces(processor.tokenizer, input_ids[segment:end])[start - segment :]
             spans.append(Span(sorts[start], "".join(pieces), ids, pieces))
@@ -186,7 +188,11 @@ def as_page(
     shown = [
         {
             "title": row.title,
-            "images": [_shown_image(image, preprocess, row.texts if boxes else (), boxes) for image in row.images],
+            "images": [
+                view
+                for image in row.images
+                for view in _shown_views(image, preprocess, processor, row.texts if boxes else (), boxes)
+            ],
             "spans": [{"sort": s.sort, "text": s.text, "pieces": _shown_pieces(s, with_ids)} for s in row.spans],
         }
         for row in rows
@@ -206,10 +212,10 @@ def _visible(text: str) -> str:
     return text.replace("\n", "\u21b5\n")
 
 
-def _shown_image(
-    image: Any, preprocess: ImagePreprocessor | None, texts: Sequence[str], boxes: BoxForm | None
-) -> dict[str, str]:
-    """Return an image as base64 and its label, with the boxes of texts drawn on it, or why it cannot be shown."""
+def _shown_views(
+    image: Any, preprocess: ImagePreprocessor | None, processor: Any, texts: Sequence[str], boxes: BoxForm | None
+) -> list[dict[str, str]]:
+    """Return every view of an image as base64 and its label, or why it cannot be shown; boxes are drawn on the whole."""
     name = os.path.basename(image.get("path") or "embedded image") if isinstance(image, dict) else str(image)
     place: _Place | None
     try:
@@ -218,23 +224,35 @@ def _shown_image(
         if preprocess is None:
             shown = original
             shown.thumbnail((600, 600))
-            place = _scaled(size, shown.size)
+            pictures, place = [shown], _scaled(size, shown.size)
         else:
-            shown = denormalise(preprocess(image), preprocess.image_processor)
+            pixels = preprocess(image)
+            views = list(pixels) if pixels.ndim == 4 else [pixels]
+            pictures = [denormalise(view, preprocess.image_processor) for view in views]
             place = preprocess.place_in_view(size)
     except DataError as error:
-        return {"error": str(error)}
-    label = name if preprocess is None else f"{shown.width}x{shown.height} pixels, {name}"
+        return [{"error": str(error)}]
+    places = [f"tile {number} of {len(pictures) - 1}, " for number in range(1, len(pictures))]
+    whole = 0 if not places or processor.views.shows_whole_first else len(places)
+    places.insert(whole, "the whole, " if places else "")
+    labels = [
+        name if preprocess is None else f"{which}{picture.width}x{picture.height} pixels, {name}"
+        for which, picture in zip(places, pictures, strict=True)
+    ]
     if boxes is not None:
-        label += f", {draw_boxes(shown, texts, boxes, size, place)}"
+        labels[whole] += f", {draw_boxes(pictures[whole], texts, boxes, size, place)}"
+    return [_shown(picture, label) for picture, label in zip(pictures, labels, strict=True)]
+
+
+def _shown(picture: Image.Image, label: str) -> dict[str, str]:
     buffer = io.BytesIO()
-    shown.save(buffer, "JPEG", quality=88)
+    picture.save(buffer, "JPEG", quality=88)
     return {"error": "", "data": base64.b64encode(buffer.getvalue()).decode(), "label": label}
 
 
 def shown_file(path: str | os.PathLike[str]) -> dict[str, str]:
     """Return an image file as the pages show it: as base64 with its label, or why it cannot be shown."""
-    return _shown_image({"bytes": None, "path": os.fspath(path)}, None, (), None)
+    return _shown_views({"bytes": None, "path": os.fspath(path)}, None, None, (), None)[0]
 
 
 _Place = Callable[[float, float], tuple[float, float]]  # where a point of an image lies in a view of it

@@ -12,7 +12,7 @@ from vir_hf.data.filters import failed_by_columns, failed_by_quantities
 from vir_hf.data.reading import BY_COLUMNS, Reading, Seen
 from vir_hf.errors import MAX_MESSAGE, DataError, ImageError, clipped, shown
 from vir_hf.images.folder import ImageFolder
-from vir_hf.images.opening import read_upright_size
+from vir_hf.images.sizes import upright_size
 from vir_hf.rows.boxes import BoxChange, find_boxes
 from vir_hf.rows.keys import looks_like_media, may_be_embedded, row_key_meaning, unread_keys
 from vir_hf.rows.messages import FATAL_KINDS, PLACEHOLDER, PROBLEM_KINDS, examine, is_learned, why_nothing_is_learned
@@ -125,7 +125,7 @@ def normalise_row(
             if reading.boxes is not None:
                 seen.boxes += change_boxes(row, reading.boxes)
             if reading.conditions:
-                failed = failed_by_quantities(reading.conditions, raw, row, read_upright_size)
+                failed = failed_by_quantities(reading.conditions, raw, row, upright_size)
         if failed is not None:
             seen.filtered[f"{failed.column} {failed.text}"] += 1
             return None
@@ -181,7 +181,7 @@ def change_boxes(row: dict[str, Any], change: BoxChange) -> int:
             or not any(find_boxes(part["text"], change.found, (1, 1), change.has_points))
         ):
             continue
-        sizes = sizes or {read_upright_size(image) for image in row["images"]}
+        sizes = sizes or {upright_size(image) for image in row["images"]}
         if len(sizes) > 1:
             raise _BadRow("bad_row", "the row has boxes and images of several sizes, and nothing says of which image")
         part["text"], found = change.apply(part["text"], next(iter(sizes)))

@@ -16,7 +16,7 @@ import warnings
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError
 
 from vir_hf.errors import DataError, ImageError
 from vir_hf.images.folder import ImageFolder, is_url, open_file, read_bytes, split_place
@@ -112,7 +112,7 @@ def decode_image(data: bytes, name: str) -> Image.Image:
         raise ImageError("image_empty", f"{name}: the file is empty (0 bytes). Fetch it again, or drop its rows.")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of damaged metadata; what is refused is decided here
-        return _load(_open(io.BytesIO(data), name), name)
+        return _load(open_checked(io.BytesIO(data), name), name)
 
 
 def open_lazily(file: BinaryIO) -> ImageFile.ImageFile:
@@ -154,28 +154,10 @@ def read_image_size(source: str | os.PathLike[str] | bytes | dict[str, Any]) -> 
         decode_image(data, name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return _open(io.BytesIO(data), name).size
+        return open_checked(io.BytesIO(data), name).size
 
 
-def read_upright_size(source: str | os.PathLike[str] | bytes | dict[str, Any]) -> tuple[int, int]:
-    """Return width and height in pixels as `open_image` gives the image, its orientation applied; nothing is decoded.
-
-    Raises:
-        ImageError: as `open_image`.
-    """
-    data, name = read_image_bytes(source)
-    if not data:
-        decode_image(data, name)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        image = _open(io.BytesIO(data), name)
-        # Of EXIF's eight orientations, those that turn an image by a quarter.
-        is_on_its_side = not is_upright(data) and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-    width, height = image.size
-    return (height, width) if is_on_its_side else (width, height)
-
-
-def _open(file: BinaryIO, name: str) -> Image.Image:
+def open_checked(file: BinaryIO, name: str) -> Image.Image:
     """Return Pillow's lazily opened image: its header is read, its size checked, nothing is decoded."""
     try:
         image = open_lazily(file)
@@ -259,7 +241,7 @@ def _read_header(file: BinaryIO, name: str) -> ImageHeader:
         file.seek(max(0, num_bytes - _TAIL_BYTES))
         tail = file.read()
         file.seek(0)
-        image = _open(file, name)
+        image = open_checked(file, name)
         header = ImageHeader(*image.size, image.format or "", num_bytes, image.mode.startswith(("I", "F")))
         ending = _ENDINGS.get(header.format)
         if ending is None or ending not in tail:
@@ -276,7 +258,7 @@ def count_greys(source: str | bytes | dict[str, Any]) -> tuple[int, int]:
     data, name = read_image_bytes(source)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        image = _open(io.BytesIO(data), name)
+        image = open_checked(io.BytesIO(data), name)
         shown = _load(image, name)
         return len(np.unique(np.asarray(image))), len(np.unique(np.asarray(shown)[..., 0]))
 

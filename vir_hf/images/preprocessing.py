@@ -57,7 +57,7 @@ class ImagePreprocessor:
             logger.info(reason)
 
     def __call__(self, source: ImageSource) -> torch.Tensor:
-        """Return `pixel_values` of one picture, `(3, height, width)` float32.
+        """Return `pixel_values` of one picture, `(3, height, width)` float32, or `(num_views, 3, height, width)` of its views.
 
         Args:
             source: what `open_image` takes.
@@ -66,6 +66,12 @@ class ImagePreprocessor:
             ImageError: the picture cannot be opened.
         """
         picture = self._read(source)
+        if hasattr(self.image_processor, "views_of"):
+            image = picture if isinstance(picture, Image.Image) else Image.fromarray(np.asarray(picture)[..., :3])
+            return torch.stack([self._one_view(view) for view in self.image_processor.views_of(image)])
+        return self._one_view(picture)
+
+    def _one_view(self, picture: Image.Image | np.ndarray) -> torch.Tensor:
         if not self._does_it_here:
             image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
             return torch.as_tensor(self.image_processor(image, return_tensors="pt")["pixel_values"][0])
@@ -88,7 +94,14 @@ class ImagePreprocessor:
         """Take over the processor's settings; False when they ask for something not done here, or for nothing sensible."""
         class_name = type(processor).__name__.removesuffix("Pil").removesuffix("Fast")
         does_pad = bool(getattr(processor, "do_pad", False))
-        is_known = class_name in _KNOWN_CLASSES and type(processor).__module__.startswith("transformers.")
+        has_views = hasattr(
+            processor, "views_of"
+        )  # ours, which makes of each view what its parent, LLaVA's own, makes of an image
+        if has_views:
+            class_name = "LlavaImageProcessor"
+        is_known = class_name in _KNOWN_CLASSES and (
+            has_views or type(processor).__module__.startswith("transformers.")
+        )
         if not is_known or (does_pad and class_name != "LlavaImageProcessor"):
             return False
         resample = getattr(processor.resample, "value", processor.resample)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The configuration of a LLaVA model whose projector may be any of `PROJECTORS`."""
+"""The configuration of a LLaVA model whose projector may be any of `PROJECTORS`, and whose images may be cut into tiles."""
 
 from __future__ import annotations
 
@@ -10,10 +10,16 @@ from transformers import PreTrainedConfig
 
 
 class LlavaConfig(NativeLlavaConfig):
-    """transformers' `LlavaConfig` with one more choice, the projector.
+    """transformers' `LlavaConfig` with more choices.
 
-    `projector_type` is a key of `projectors.PROJECTORS`. A model whose projector is the two-layer MLP is saved as
-    plain `llava` instead, so this model type only appears on disk for projectors that transformers cannot express.
+    A model that makes none of them (`is_native`) is saved as plain `llava` instead, so this model type only appears on disk for
+    what transformers cannot express.
+
+    Attributes:
+        projector_type: a key of `projectors.PROJECTORS`.
+        tiling: `"none"`, or `"tiles"`: tiles of the tower's size and a view of the whole, see `views.Tiles`.
+        max_tiles: at most so many tiles an image, the view of the whole not counted.
+        pixel_shuffle: blocks of so many by so many patches become one token.
     """
 
     model_type = "vir_llava"
@@ -21,6 +27,9 @@ class LlavaConfig(NativeLlavaConfig):
     auto_map: ClassVar[dict[str, str]] = {}
 
     projector_type: str = "mlp2x_gelu"
+    tiling: str = "none"
+    max_tiles: int = 0
+    pixel_shuffle: int = 1
 
 
 NATIVE_PROJECTOR_TYPE = "mlp2x_gelu"
@@ -29,6 +38,12 @@ NATIVE_PROJECTOR_TYPE = "mlp2x_gelu"
 def projector_type_of(config: NativeLlavaConfig) -> str:
     """The projector a config asks for; a plain transformers config always means the two-layer MLP."""
     return getattr(config, "projector_type", NATIVE_PROJECTOR_TYPE)
+
+
+def is_native(config: NativeLlavaConfig) -> bool:
+    """Whether transformers' own LLaVA can express the model: the two-layer MLP over one view, a token for every patch."""
+    has_views = getattr(config, "tiling", "none") != "none" or getattr(config, "pixel_shuffle", 1) != 1
+    return projector_type_of(config) == NATIVE_PROJECTOR_TYPE and not has_views
 
 
 # Model types of vision towers: whether the first of a tower's tokens stands for the whole image and not for a patch of it.
@@ -65,7 +80,22 @@ def select_strategy(vision_config: PreTrainedConfig, wanted: str | None = None) 
     return wanted if wanted in ("default", "full") else "default" if has_class_token(vision_config) else "full"
 
 
-def num_image_tokens(vision_config: PreTrainedConfig, strategy: str) -> int:
-    """Return how many tokens of the language model an image takes: its patches, and a class token that is kept."""
-    num_patches = (vision_config.image_size // vision_config.patch_size) ** 2
-    return int(num_patches + (has_class_token(vision_config) and strategy == "full"))
+def num_image_tokens(vision_config: PreTrainedConfig, strategy: str, pixel_shuffle: int = 1) -> int:
+    """Return how many tokens of the language model one view takes: its patches, and a class token that is kept.
+
+    Args:
+        pixel_shuffle: blocks of so many by so many patches become one token.
+
+    Raises:
+        ValueError: blocks that do not divide the patches, or a class token that belongs to no block.
+    """
+    side = vision_config.image_size // vision_config.patch_size
+    keeps_class_token = has_class_token(vision_config) and strategy == "full"
+    if pixel_shuffle > 1 and (side % pixel_shuffle or keeps_class_token):
+        fitting = ", ".join(str(size) for size in (1, 2, 3, 4) if side % size == 0)
+        why = "a class token is kept, which belongs to no block" if keeps_class_token else f"{side} by {side} patches"
+        raise ValueError(
+            f"pixel_shuffle={pixel_shuffle} joins blocks of {pixel_shuffle} by {pixel_shuffle} patches, and the tower has {why}. "
+            f"Set model.pixel_shuffle to one of {fitting}{' and drop the class token' if keeps_class_token else ''}."
+        )
+    return int((side // pixel_shuffle) ** 2 + keeps_class_token)

@@ -8,7 +8,6 @@ the selected one, each distinct picture once, packed rows of segments, and hidde
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import json
@@ -31,13 +30,15 @@ from .attention import SegmentLayout, segment_mask_sentinel, use_segment_attenti
 from .configuration_llava import (
     NATIVE_PROJECTOR_TYPE,
     LlavaConfig,
+    is_native,
     num_image_tokens,
     projector_type_of,
     select_strategy,
 )
 from .logits import absorb_logit_factor, forget_logit_words, logit_factor
 from .portable import make_config_portable
-from .projectors import build_projector
+from .projectors import MlpProjector, build_projector
+from .views import ImageViews, views_of_config
 
 # Prefixes of llava-hf's key names, and of the same weights in memory.
 HUB_LAYOUT = {
@@ -45,6 +46,7 @@ HUB_LAYOUT = {
     "language_model.model.": "model.language_model.",
     "vision_tower.vision_model.": "model.vision_tower.",
     "multi_modal_projector.": "model.multi_modal_projector.",
+    "image_newline": "model.multi_modal_projector.image_newline",  # last, so that it is reversed before the line above
 }
 
 
@@ -66,7 +68,14 @@ def _hub_layout() -> list[WeightRenaming]:
 
 # transformers does not apply a native class's renames to a subclass of it: a llava-hf checkpoint would load with a random
 # lm_head and only a warning.
-register_checkpoint_conversion_mapping("LlavaForCausalLM", get_checkpoint_conversion_mapping("llava"), overwrite=True)
+_LLAVA_LAYOUT = [
+    *get_checkpoint_conversion_mapping("llava"),
+    # Before transformers 5 and since: where LLaVA-NeXT keeps what is the projector's here.
+    WeightRenaming(
+        source_patterns=r"^(?:model\.)?image_newline$", target_patterns="model.multi_modal_projector.image_newline"
+    ),
+]
+register_checkpoint_conversion_mapping("LlavaForCausalLM", _LLAVA_LAYOUT, overwrite=True)
 
 
 class LlavaModel(NativeLlavaModel):
@@ -76,17 +85,20 @@ class LlavaModel(NativeLlavaModel):
         reads_vision_features: batches bring `vision_features`, so the tower runs on no rank.
         sums_gradients_as_they_come: gradients must arrive in the same order on every rank (DeepSpeed).
         trims_vision_tower: a frozen tower runs without autograd, and no layer after the selected one runs.
+        views_per_chunk: so many views pass a frozen tower at once, which bounds its memory.
+        views: how images are cut, see `views.py`.
     """
 
     reads_vision_features = False
     sums_gradients_as_they_come = False
     trims_vision_tower = True
+    views_per_chunk = 64
 
     def __init__(self, config: NativeLlavaConfig):
         super().__init__(config)
-        projector_type = projector_type_of(config)
-        if projector_type != NATIVE_PROJECTOR_TYPE:
-            self.multi_modal_projector: Any = build_projector(config, projector_type)
+        self.views = views_of_config(config)
+        if not is_native(config) or not self.views.is_fixed:
+            self.multi_modal_projector: Any = build_projector(config, projector_type_of(config))
             self.post_init()
 
     def is_vision_tower_frozen(self) -> bool:
@@ -117,12 +129,14 @@ class LlavaModel(NativeLlavaModel):
             pixel_values: `(num_images, channels, height, width)`.
 
         Returns:
-            `(num_images, num_patches, vision_hidden)`. A frozen tower runs without autograd; layers after the last
-            selected one do not run.
+            `(num_images, num_patches, vision_hidden)`. A frozen tower runs without autograd and `views_per_chunk` at a time;
+            layers after the last selected one do not run.
         """
-        without_autograd = self.trims_vision_tower and self.is_vision_tower_frozen()
-        with torch.no_grad() if without_autograd else contextlib.nullcontext():
+        if not (self.trims_vision_tower and self.is_vision_tower_frozen()):
             return self._select_features(pixel_values)
+        with torch.no_grad():
+            chunks = [self._select_features(chunk) for chunk in pixel_values.split(self.views_per_chunk)]
+        return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
 
     def _select_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         layers = self.config.vision_feature_layer
@@ -147,11 +161,16 @@ class LlavaModel(NativeLlavaModel):
             features = [feature[:, 1:] for feature in features]  # without the class token
         return features[0] if len(features) == 1 else torch.cat(features, dim=-1)
 
-    def project(self, features: torch.Tensor) -> torch.Tensor:
-        """`(num_images, num_patches, vision_hidden)` -> `(num_images, num_patches, text_hidden)`."""
+    def project(self, features: torch.Tensor, images: list[ImageViews] | None = None) -> torch.Tensor:
+        """`(num_views, num_patches, vision_hidden)` -> `(num_views, num_tokens, text_hidden)`, or `(all tokens, text_hidden)`.
+
+        Args:
+            images: what each image became, where images are cut into views: then the second is returned.
+        """
         weight = next(self.projector_in_use().parameters(), features)
         dtype = weight.dtype if weight.is_floating_point() else features.dtype
-        return self.multi_modal_projector(features.to(dtype))
+        features = features.to(dtype)
+        return self.multi_modal_projector(features) if images is None else self.multi_modal_projector(features, images)
 
     def projector_in_use(self) -> nn.Module:
         """The projector that runs: under PEFT the copy that is trained, which is fp32, unless adapters are switched off."""
@@ -182,6 +201,9 @@ class LlavaModel(NativeLlavaModel):
             vision_feature_layer, vision_feature_select_strategy: transformers' own overrides of the config.
             image_indices: `(num_image_spans,)`: which image each span shows; one image a span by default.
             vision_features: `(num_distinct_images, num_patches, vision_hidden)`: features computed before.
+
+        Where images are cut into views, the first dimension of `pixel_values` and `vision_features` counts views, those of one
+        image after another, and `image_sizes` `(num_distinct_images, 2)` has each image's height and width.
         """
         overridden = (
             vision_feature_layer is not None and vision_feature_layer != self.config.vision_feature_layer
@@ -189,7 +211,12 @@ class LlavaModel(NativeLlavaModel):
             vision_feature_select_strategy is not None
             and vision_feature_select_strategy != self.config.vision_feature_select_strategy
         )
-        if image_sizes is not None or overridden:
+        is_fixed = self.views.is_fixed
+        if overridden and not is_fixed:
+            raise ValueError(
+                "vision_feature_layer and vision_feature_select_strategy cannot be overridden where images have tiles."
+            )
+        if is_fixed and (image_sizes is not None or overridden):
             return super().get_image_features(
                 pixel_values,
                 vision_feature_layer=vision_feature_layer,
@@ -201,11 +228,43 @@ class LlavaModel(NativeLlavaModel):
         if vision_features is None:
             if pixel_values is None:
                 raise ValueError("neither pixel_values nor vision_features: there is no picture to look at.")
+            if pixel_values.ndim == 5:  # transformers' own processors pad to as many views for each image
+                pixel_values = self._without_padding(pixel_values, image_sizes)
             vision_features = self.encode_images(pixel_values)
-        projected = self.project(vision_features)
+        if is_fixed:
+            projected = self.project(vision_features)
+            if image_indices is not None:
+                projected = projected.index_select(0, image_indices)
+            return BaseModelOutputWithPooling(last_hidden_state=vision_features, pooler_output=list(projected))
+        spans = self._project_views(vision_features, image_sizes)
         if image_indices is not None:
-            projected = projected.index_select(0, image_indices)
-        return BaseModelOutputWithPooling(last_hidden_state=vision_features, pooler_output=list(projected))
+            spans = [spans[index] for index in image_indices.tolist()]
+        return BaseModelOutputWithPooling(last_hidden_state=vision_features, pooler_output=spans)
+
+    def _without_padding(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None) -> torch.Tensor:
+        """`(num_images, most_views, 3, height, width)` -> `(num_views, 3, height, width)`."""
+        sizes = [] if image_sizes is None else image_sizes.tolist()
+        counts = [self.views.of(width, height).num_views for height, width in sizes]
+        return torch.cat([views[:count] for views, count in zip(pixel_values, counts, strict=True)])
+
+    def _project_views(self, features: torch.Tensor, image_sizes: torch.Tensor | None) -> list[torch.Tensor]:
+        """`(num_views, num_patches, vision_hidden)` -> one `(num_tokens, text_hidden)` an image.
+
+        Raises:
+            ValueError: views that are not those of images of these sizes.
+        """
+        if image_sizes is None:
+            raise ValueError(
+                "this model cuts images into tiles: pass image_sizes (height, width), as its processor returns them."
+            )
+        images = [self.views.of(width, height) for height, width in image_sizes.tolist()]
+        num_views = sum(image.num_views for image in images)
+        if num_views != features.shape[0]:
+            raise ValueError(
+                f"images of these sizes (height, width) have {num_views} views, but {features.shape[0]} were given: "
+                f"{image_sizes.tolist()[:4]}. Use the processor that belongs to this model."
+            )
+        return list(self.project(features, images).split([image.num_tokens for image in images]))
 
     def forward(
         self,
@@ -220,6 +279,7 @@ class LlavaModel(NativeLlavaModel):
         segment_prefixes: torch.Tensor | None = None,
         supervised_positions: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
+        image_sizes: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> LlavaModelOutputWithPast:
         """Run the model; the arguments beyond transformers' own make a padding-free batch.
@@ -231,6 +291,7 @@ class LlavaModel(NativeLlavaModel):
             segment_lengths: `(num_segments,)`, summing to T. With it the row is packed: no mask, no cache.
             segment_prefixes: `(num_segments,)`: an earlier segment whose tokens come first, or -1.
             supervised_positions: `(num_positions,)`: return hidden states at these positions of the packed row only.
+            image_sizes: `(num_distinct_images, 2)`: height and width of each image, where images are cut into tiles.
 
         Raises:
             ValueError: a packed row with an attention mask, a cache, or lengths that do not add up; numbers of image
@@ -247,7 +308,7 @@ class LlavaModel(NativeLlavaModel):
                     pixel_values,
                     vision_feature_layer=kwargs.pop("vision_feature_layer", None),
                     vision_feature_select_strategy=kwargs.pop("vision_feature_select_strategy", None),
-                    image_sizes=kwargs.pop("image_sizes", None),
+                    image_sizes=image_sizes,
                     image_indices=image_indices,
                     vision_features=vision_features,
                 )
@@ -300,10 +361,17 @@ class LlavaModel(NativeLlavaModel):
         if num_tokens != num_features:
             raise ValueError(
                 f"Image features and image tokens do not match: the text holds {num_tokens} image tokens, the pictures "
-                f"give {num_features} features ({self.config.image_seq_length} a picture). Encode the text with the "
+                f"give {num_features} features ({self._tokens_in_words()}). Encode the text with the "
                 "processor that belongs to this model, and do not cut inside an image."
             )
         return inputs_embeds.masked_scatter(mask.unsqueeze(-1).to(inputs_embeds.device), image_features)
+
+    def _tokens_in_words(self) -> str:
+        return (
+            f"{self.views.most_tokens} a picture"
+            if self.views.is_fixed
+            else f"at most {self.views.most_tokens} a picture"
+        )
 
     def _layout(
         self,
@@ -406,6 +474,8 @@ class LlavaForCausalLM(LlavaForConditionalGeneration):
         vision_feature_layer: int | list[int] = -2,
         vision_feature_select_strategy: str | None = None,
         vocab_size: int | None = None,
+        max_tiles: int = 0,
+        pixel_shuffle: int = 1,
     ) -> LlavaForCausalLM:
         """Return a model made of a causal language model and a vision tower; only the projector is new.
 
@@ -418,6 +488,8 @@ class LlavaForCausalLM(LlavaForConditionalGeneration):
             vision_feature_layer: the tower's hidden state(s) that the projector reads.
             vision_feature_select_strategy: `"default"` drops the class token, `"full"` keeps all; by the tower if `None`.
             vocab_size: rows of the embedding afterwards, padded to a multiple of 64; grown only as needed if `None`.
+            max_tiles: cut images into at most so many tiles; 0 for one view.
+            pixel_shuffle: blocks of so many by so many patches become one token.
 
         Raises:
             ValueError: a language model whose logits are more than a factor times a head without bias; an unknown projector.
@@ -439,10 +511,13 @@ class LlavaForCausalLM(LlavaForConditionalGeneration):
             vision_config=vision_tower.config,
             text_config=text_config,
             image_token_index=image_token_id,
-            image_seq_length=num_image_tokens(vision_tower.config, strategy),
+            image_seq_length=num_image_tokens(vision_tower.config, strategy, pixel_shuffle),
             vision_feature_layer=vision_feature_layer,
             vision_feature_select_strategy=strategy,
             projector_type=projector_type,
+            tiling="tiles" if max_tiles else "none",
+            max_tiles=max_tiles,
+            pixel_shuffle=pixel_shuffle,
             tie_word_embeddings=bool(getattr(text_config, "tie_word_embeddings", False)),
         )
         dtype = language_model.dtype
@@ -457,6 +532,10 @@ class LlavaForCausalLM(LlavaForConditionalGeneration):
                 nn.init.normal_(module.weight, std=config.text_config.initializer_range)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        if isinstance(
+            projector, MlpProjector
+        ):  # a block's patches are that many more inputs: the output stays as large
+            projector.get_parameter("linear_1.weight").data /= pixel_shuffle
         model.model.multi_modal_projector = projector.to(device=embeddings.weight.device, dtype=dtype)
         model.tie_weights()
         generation_config = copy.deepcopy(language_model.generation_config)
@@ -470,7 +549,6 @@ class LlavaForCausalLM(LlavaForConditionalGeneration):
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Save the model: as plain `llava` in the Hub's key layout if that can express it, else with its code."""
-        is_native = projector_type_of(self.config) == NATIVE_PROJECTOR_TYPE
         conversions = getattr(self, "_weight_conversions", None)
         self._weight_conversions = _hub_layout()
         config, is_main_process = self.config, kwargs.get("is_main_process", True)
@@ -483,19 +561,21 @@ class LlavaForCausalLM(LlavaForConditionalGeneration):
                 self._weight_conversions = conversions
             self.config = config
         if is_main_process:
-            _finish_config(Path(save_directory), is_native)
+            _finish_config(Path(save_directory), is_native(self.config))
 
 
-def _finish_config(folder: Path, is_native: bool) -> None:
+def _finish_config(folder: Path, is_plain: bool) -> None:
     """Rewrite `config.json` to the model type it is read under, and add the code files where it is our own type."""
     path = folder / "config.json"
     if not path.is_file():
         return
     config = json.loads(path.read_text(encoding="utf-8"))
     config.pop("segment_backend", None)
-    if is_native:
-        config.pop("projector_type", None)
-        config.pop("auto_map", None)
+    if config["model_type"] == "llava_next":
+        config["architectures"] = ["LlavaNextForConditionalGeneration"]
+    elif is_plain:
+        for name in ("projector_type", "tiling", "max_tiles", "pixel_shuffle", "auto_map"):
+            config.pop(name, None)
         config["model_type"] = "llava"
         config["architectures"] = ["LlavaForConditionalGeneration"]
     else:
@@ -512,6 +592,7 @@ def _finish_config(folder: Path, is_native: bool) -> None:
             "attention.py",
             "logits.py",
             "portable.py",
+            "views.py",
             "modeling_llava.py",
         ):
             source = Path(__file__).with_name(name)

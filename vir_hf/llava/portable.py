@@ -99,6 +99,26 @@ def make_processor_portable(folder: Path) -> None:
         _write(folder / "preprocessor_config.json", {**processor["image_processor"], **own})
 
 
+def name_processor_class(folder: Path, *, has_pinpoints: bool, has_tiles: bool, has_blocks: bool) -> None:
+    """Name in `processor_config.json` the class that counts an image's tokens right, and put its code beside it if it is ours."""
+    processor = _read(folder / "processor_config.json")
+    if processor is None:
+        return
+    if not (has_tiles or has_blocks):
+        processor.pop("pixel_shuffle", None)  # stock transformers counts right without it
+        if has_pinpoints:
+            processor["processor_class"] = "LlavaNextProcessor"
+    else:
+        processor["processor_class"] = "ViewsProcessor"
+        processor["auto_map"] = {"AutoProcessor": "processing_views.ViewsProcessor"}
+        if has_tiles:
+            processor["image_processor"]["auto_map"] = {"AutoImageProcessor": "processing_views.TilesImageProcessor"}
+        for name in ("processing_views.py", "views.py", "configuration_llava.py"):
+            source = Path(__file__).with_name(name)
+            (folder / name).write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+    _write(folder / "processor_config.json", processor)
+
+
 def keep_sentencepiece(tokenizer: Any, folder: Path) -> None:
     """Copy SentencePiece's own file from where a tokenizer was loaded, a folder or the Hub's cache; nothing if it has none."""
     name, target = str(getattr(tokenizer, "name_or_path", "") or ""), folder / SENTENCEPIECE_FILE

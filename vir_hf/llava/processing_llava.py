@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from transformers import BaseImageProcessor, LlavaImageProcessorPil, PreTrainedTokenizerBase
-from transformers import LlavaProcessor as NativeLlavaProcessor
 
-from .portable import keep_sentencepiece, make_processor_portable
+from .portable import keep_sentencepiece, make_processor_portable, name_processor_class
+from .processing_views import TilesImageProcessor, ViewsProcessor, edge_of
+from .views import AnyRes, Tiles
 
 IMAGE_ASPECT_RATIOS = ("pad", "crop", "resize")
 
 
-class LlavaProcessor(NativeLlavaProcessor):
-    """transformers' `LlavaProcessor` that also knows its template and how many tokens a picture takes.
+class LlavaProcessor(ViewsProcessor):
+    """transformers' `LlavaProcessor` that also knows its template and how many tokens an image of a size takes.
 
     It is saved in transformers' format; `chat_template` renders what was trained, so stock `AutoProcessor` users and
     servers build the same prompts.
@@ -30,6 +31,7 @@ class LlavaProcessor(NativeLlavaProcessor):
         chat_template: str | None = None,
         image_token: str | None = None,
         num_additional_image_tokens: int = 0,
+        pixel_shuffle: int = 1,
         template: str = "auto",
         **kwargs: Any,
     ):
@@ -53,6 +55,7 @@ class LlavaProcessor(NativeLlavaProcessor):
             chat_template=chat_template,
             image_token=image_token,
             num_additional_image_tokens=num_additional_image_tokens,
+            pixel_shuffle=pixel_shuffle,
             **kwargs,
         )
 
@@ -68,6 +71,8 @@ class LlavaProcessor(NativeLlavaProcessor):
         num_additional_image_tokens: int = 1,
         image_aspect_ratio: str = "pad",
         chat_template: str | None = None,
+        max_tiles: int = 0,
+        pixel_shuffle: int = 1,
     ) -> LlavaProcessor:
         """Return a processor; the image token and a padding token are added to the tokenizer where they are missing.
 
@@ -80,9 +85,11 @@ class LlavaProcessor(NativeLlavaProcessor):
             num_additional_image_tokens: 1 for a tower with a class token, else 0.
             image_aspect_ratio: `"pad"` to a square of the mean colour, centre `"crop"`, or plain `"resize"`.
             chat_template: the Jinja text to keep; made from `template` if `None`.
+            max_tiles: cut images into at most so many tiles; 0 for one view.
+            pixel_shuffle: blocks of so many by so many patches are one token.
 
         Raises:
-            ValueError: an unknown template or image_aspect_ratio.
+            ValueError: an unknown template or image_aspect_ratio, or tiles of a cropped image.
         """
         from vir_hf.rows.templates import chat_template_for, prepare_tokenizer
 
@@ -92,12 +99,13 @@ class LlavaProcessor(NativeLlavaProcessor):
         if chat_template is None:
             chat_template = chat_template_for(template, tokenizer)
         return cls(
-            image_processor=square_image_processor(image_processor, image_aspect_ratio),
+            image_processor=square_image_processor(image_processor, image_aspect_ratio, max_tiles),
             tokenizer=tokenizer,
             patch_size=patch_size,
             vision_feature_select_strategy=vision_feature_select_strategy,
             chat_template=chat_template,
             num_additional_image_tokens=num_additional_image_tokens,
+            pixel_shuffle=pixel_shuffle,
             template=template,
         )
 
@@ -110,52 +118,61 @@ class LlavaProcessor(NativeLlavaProcessor):
         """Save the processor in the words of transformers 4 and 5, and SentencePiece's own file where its source has one."""
         saved = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
         keep_sentencepiece(self.tokenizer, Path(save_directory))
+        name_processor_class(
+            Path(save_directory),
+            has_pinpoints=isinstance(self.views, AnyRes),
+            has_tiles=isinstance(self.views, Tiles),
+            has_blocks=self.pixel_shuffle > 1,
+        )
         make_processor_portable(Path(save_directory))
         return saved
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Height and width of every picture as the tower sees it, in pixels."""
-        uses_crop = getattr(self.image_processor, "do_center_crop", False)
-        edge = _edge(self.image_processor.crop_size if uses_crop else self.image_processor.size)
+        """Height and width of every view as the tower sees it, in pixels."""
+        edge = edge_of(self.image_processor)
         return edge, edge
 
     @property
     def num_image_tokens(self) -> int:
-        """How many tokens one picture takes; every picture takes the same number."""
-        height, width = self.image_size
-        num_tokens = (height // self.patch_size) * (width // self.patch_size) + self.num_additional_image_tokens
-        return num_tokens - 1 if self.vision_feature_select_strategy == "default" else num_tokens
+        """How many tokens one image takes, where every image takes the same number.
+
+        Raises:
+            ValueError: it depends on the image's size: ask `tokens_of`.
+        """
+        views = self.views
+        if not views.is_fixed:
+            raise ValueError("an image's tokens depend on its size here; ask tokens_of((width, height)).")
+        return views.most_tokens
 
 
-def _edge(size: Any) -> int:
-    """The edge of the square a size describes, whichever way it is written."""
-    for key in ("shortest_edge", "height"):
-        value = size.get(key) if hasattr(size, "get") else getattr(size, key, None)
-        if value is not None:
-            return int(value)
-    raise ValueError(f"the image processor's size {size!r} names neither shortest_edge nor height.")
-
-
-def square_image_processor(image_processor: BaseImageProcessor, image_aspect_ratio: str) -> LlavaImageProcessorPil:
+def square_image_processor(
+    image_processor: BaseImageProcessor, image_aspect_ratio: str, max_tiles: int = 0
+) -> LlavaImageProcessorPil:
     """Return LLaVA's image processor with another's size, mean, deviation and resampling.
 
     Args:
         image_processor: CLIP's, SigLIP's or any with `size`, `image_mean`, `image_std`.
         image_aspect_ratio: one of `IMAGE_ASPECT_RATIOS`.
+        max_tiles: cut images into at most so many tiles; 0 for one view.
 
     Raises:
-        ValueError: an unknown `image_aspect_ratio`.
+        ValueError: an unknown `image_aspect_ratio`, or tiles of a cropped image.
     """
     if image_aspect_ratio not in IMAGE_ASPECT_RATIOS:
         raise ValueError(
             f"unknown image_aspect_ratio {image_aspect_ratio!r}; expected one of {IMAGE_ASPECT_RATIOS}. "
             "Set model.image_aspect_ratio in the recipe."
         )
-    uses_crop = getattr(image_processor, "do_center_crop", False)
-    edge = _edge(image_processor.crop_size if uses_crop else image_processor.size)
+    if max_tiles and image_aspect_ratio == "crop":
+        raise ValueError(
+            "image_aspect_ratio=crop cuts away what tiles would show. Set model.image_aspect_ratio=pad or resize, or "
+            "model.tiling=none."
+        )
+    edge = edge_of(image_processor)
     square = {"height": edge, "width": edge}
-    return LlavaImageProcessorPil(
+    tiles = {"max_tiles": max_tiles} if max_tiles else {}
+    return (TilesImageProcessor if max_tiles else LlavaImageProcessorPil)(
         do_pad=image_aspect_ratio == "pad",
         do_center_crop=image_aspect_ratio == "crop",
         size=square if image_aspect_ratio == "resize" else {"shortest_edge": edge},
@@ -166,4 +183,5 @@ def square_image_processor(image_processor: BaseImageProcessor, image_aspect_rat
         do_rescale=image_processor.do_rescale,
         rescale_factor=image_processor.rescale_factor,
         do_normalize=image_processor.do_normalize,
+        **tiles,
     )

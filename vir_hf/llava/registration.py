@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -14,6 +15,7 @@ from transformers import LlavaConfig as NativeLlavaConfig
 from .configuration_llava import LlavaConfig
 from .modeling_llava import LlavaForCausalLM, LlavaModel
 from .processing_llava import LlavaProcessor
+from .processing_views import TilesImageProcessor
 
 
 def register() -> None:
@@ -23,4 +25,5 @@ def register() -> None:
     AutoModelForCausalLM.register(LlavaConfig, LlavaForCausalLM, exist_ok=True)
     AutoModelForImageTextToText.register(LlavaConfig, LlavaForCausalLM, exist_ok=True)
     AutoProcessor.register(LlavaConfig, LlavaProcessor, exist_ok=True)
+    AutoImageProcessor.register(LlavaConfig, image_processor_classes={"pil": TilesImageProcessor}, exist_ok=True)
     AutoModelForCausalLM.register(NativeLlavaConfig, LlavaForCausalLM, exist_ok=True)

@@ -44,6 +44,8 @@ def build(
     image_aspect_ratio: str = "pad",
     vision_feature_layer: int | list[int] = -2,
     vision_feature_select_strategy: str | None = None,
+    max_tiles: int = 0,
+    pixel_shuffle: int = 1,
     dtype: torch.dtype | None = None,
     **loading_kwargs: Any,
 ) -> tuple[LlavaForCausalLM, LlavaProcessor]:
@@ -54,6 +56,8 @@ def build(
         vision_tower: a Hub id, a folder, or a loaded CLIP or SigLIP vision model.
         template: a word of `vir_hf.rows.encoding.TEMPLATES`, or `"auto"` for the tokenizer's own chat template.
         tokenizer, image_processor: taken from the two parts by default.
+        max_tiles: cut images into at most so many tiles of the tower's size, beside the view of the whole; 0 for one view.
+        pixel_shuffle: blocks of so many by so many patches become one token.
         dtype: of both parts; the language model's own by default.
         loading_kwargs: passed to `from_pretrained` of the language model (`quantization_config`, `revision` ...).
 
@@ -85,6 +89,7 @@ def build(
     tower = getattr(vision_tower, "vision_model", vision_tower)
     try:
         strategy = select_strategy(tower.config, vision_feature_select_strategy)
+        num_image_tokens(tower.config, strategy, pixel_shuffle)
     except ValueError as error:
         raise RecipeError(f"model.vision_tower={shown_part(vision_tower)}: {error}") from error
     processor = LlavaProcessor.from_components(
@@ -95,6 +100,8 @@ def build(
         vision_feature_select_strategy=strategy,
         num_additional_image_tokens=int(has_class_token(tower.config)),
         image_aspect_ratio=image_aspect_ratio,
+        max_tiles=max_tiles,
+        pixel_shuffle=pixel_shuffle,
     )
     if processor.image_size != (tower.config.image_size,) * 2:
         raise RecipeError(
@@ -110,6 +117,8 @@ def build(
             vocab_size=len(processor.tokenizer),
             vision_feature_layer=vision_feature_layer,
             vision_feature_select_strategy=strategy,
+            max_tiles=max_tiles,
+            pixel_shuffle=pixel_shuffle,
         )
     except ValueError as error:
         raise RecipeError(f"model.language_model={shown_part(language_model)}: {error}") from error
@@ -126,8 +135,9 @@ def agree_on_tokens(model: LlavaForCausalLM, processor: LlavaProcessor) -> None:
         RecipeError: an image is another number of tokens to the processor than the model gives features for.
     """
     vision = model.config.vision_config
-    num_features = num_image_tokens(vision, model.config.vision_feature_select_strategy)
-    num_tokens = processor.num_image_tokens if processor.patch_size else None
+    check_same_views(model, processor)
+    num_features = model.model.views.view_tokens
+    num_tokens = processor.views.view_tokens if processor.patch_size else None
     if num_tokens != num_features:
         raise RecipeError(
             f"{model.name_or_path or 'model'}: its processor makes {num_tokens or 'no'} tokens of an image, but the "
@@ -147,6 +157,27 @@ def agree_on_tokens(model: LlavaForCausalLM, processor: LlavaProcessor) -> None:
     generation_config.eos_token_id = list(dict.fromkeys(stop for stop in stops if stop is not None)) or None
     if generation_config.bos_token_id is None:
         generation_config.bos_token_id = tokenizer.bos_token_id
+
+
+def check_same_views(model: LlavaForCausalLM, processor: LlavaProcessor) -> None:
+    """Raise unless model and processor cut images of every size into the same views.
+
+    Raises:
+        RecipeError: they do not; with both numbers.
+    """
+    ours, theirs = processor.views, model.model.views
+    name = model.name_or_path or "model"
+    if ours.edge != theirs.edge:
+        raise RecipeError(
+            f"{name}: its processor makes views of {ours.edge} x {ours.edge} pixels, its vision tower takes {theirs.edge} x "
+            f"{theirs.edge}. Take the processor that was saved with the model."
+        )
+    for size in (*ours.sizes_to_compare(), *theirs.sizes_to_compare()):
+        if ours.of(*size).num_views != theirs.of(*size).num_views:
+            raise RecipeError(
+                f"{name}: of an image of {size[0]} x {size[1]} pixels its processor makes {ours.of(*size).num_views} views and "
+                f"the model expects {theirs.of(*size).num_views}. Take the processor that was saved with the model."
+            )
 
 
 def end_of_turn_id(processor: LlavaProcessor) -> int:

@@ -14,12 +14,13 @@ from transformers.utils import logging as transformers_logging
 from vir_hf.errors import RecipeError
 from vir_hf.llava.configuration_llava import HAS_CLASS_TOKEN, LlavaConfig
 from vir_hf.llava.projectors import PROJECTORS
+from vir_hf.llava.views import views_of_config
 from vir_hf.model.foreign import import_hint
 from vir_hf.model.known_configs import KNOWN_CONFIGS
 
 logger = logging.getLogger(__name__)
 
-WHOLE_MODEL_TYPES = ("llava", LlavaConfig.model_type)
+WHOLE_MODEL_TYPES = ("llava", "llava_next", LlavaConfig.model_type)
 
 
 def read_config(
@@ -93,7 +94,7 @@ def check_whole_model(config: PreTrainedConfig, name: str, key: str, revision: s
     if kind not in WHOLE_MODEL_TYPES:
         why = f"its model type is {kind!r}; expected {' or '.join(WHOLE_MODEL_TYPES)}"
         if kind.startswith("llava"):
-            why += " (LLaVA-1.5's kind: one image, one square). This one has weights that would be lost"
+            why += ". This one has weights or ways of seeing that would be lost"
         remedy = "For a language model alone set model.language_model and model.vision_tower."
     elif not given.get("text_config") or not given.get("vision_config"):
         missing = " and ".join(part for part in ("text_config", "vision_config") if not given.get(part))
@@ -102,12 +103,24 @@ def check_whole_model(config: PreTrainedConfig, name: str, key: str, revision: s
     elif config.vision_config.model_type not in HAS_CLASS_TOKEN:
         why = f"its vision tower is of type {config.vision_config.model_type!r}; expected one of {sorted(HAS_CLASS_TOKEN)}"
         remedy = "Take a model with a CLIP or SigLIP tower."
+    elif reason := _why_no_views(config):
+        why = reason
+        remedy = "Correct its config.json."
     elif getattr(config, "projector_type", "mlp2x_gelu") not in PROJECTORS:
         why = f"its projector_type is {config.projector_type!r}; expected one of {sorted(PROJECTORS)}"
         remedy = "Add its class to PROJECTORS, see CONTRIBUTING.md."
     else:
         return
     raise RecipeError(f"{key}={name}: {why}. {remedy}")
+
+
+def _why_no_views(config: PreTrainedConfig) -> str:
+    """Why images cannot be cut as a config says; empty where they can."""
+    try:
+        views_of_config(config)
+    except ValueError as error:
+        return str(error).rstrip(".")
+    return ""
 
 
 def _fields_at_hand(name: str, revision: str | None) -> dict[str, Any]:

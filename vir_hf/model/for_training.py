@@ -78,6 +78,8 @@ def load_model_and_processor(
                 image_aspect_ratio=wanted.image_aspect_ratio,
                 vision_feature_layer=wanted.vision_feature_layer,
                 vision_feature_select_strategy=None if strategy == "auto" else strategy,
+                max_tiles=wanted.tiles,
+                pixel_shuffle=wanted.pixel_shuffle,
                 dtype=precision.dtype,
                 **loading,
             )
@@ -129,6 +131,9 @@ def made_from(recipe: Recipe) -> dict[str, Any]:
         "vision_tower",
         "tokenizer",
         "projector_type",
+        "tiling",
+        "max_tiles",
+        "pixel_shuffle",
         "template",
         "pretrained_projector",
         "adapter",
@@ -147,7 +152,7 @@ def _check_same_parts(recipe: Recipe, adapter: Path, base: str) -> None:
         (folder / "recipe.yaml" for folder in folders_of_run(adapter) if (folder / "recipe.yaml").is_file()), None
     )
     before = {} if saved is None else (yaml.safe_load(saved.read_text(encoding="utf-8")) or {}).get("model", {})
-    for key in ("language_model", "vision_tower", "projector_type"):
+    for key in ("language_model", "vision_tower", "projector_type", "tiling", "pixel_shuffle"):
         if before.get(key) and before[key] != getattr(recipe.model, key):
             raise RecipeError(
                 f"model.{key}={getattr(recipe.model, key)}: the adapter {adapter} was trained with {before[key]}. Set "

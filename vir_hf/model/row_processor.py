@@ -18,6 +18,7 @@ def make_row_processor(tokenizer_name: str, template: str = "vicuna_v1", num_ima
     Raises:
         RecipeError: the tokenizer cannot be loaded, or the template is unknown.
     """
+    from vir_hf.llava.views import OneView
     from vir_hf.rows.templates import chat_template_for, image_token_of, prepare_tokenizer
 
     tokenizer = _load(_auto("AutoTokenizer"), tokenizer_name, "--tokenizer", legacy=False)
@@ -28,6 +29,7 @@ def make_row_processor(tokenizer_name: str, template: str = "vicuna_v1", num_ima
         image_token=image_token,
         image_token_id=tokenizer.convert_tokens_to_ids(image_token),
         num_image_tokens=num_image_tokens,
+        views=OneView(0, num_image_tokens),
         template=template,
         chat_template=chat_template_for(template, tokenizer),
     )
@@ -69,6 +71,8 @@ def load_recipe_processor(recipe: Recipe) -> LlavaProcessor:
         vision_feature_select_strategy=select_strategy(config, wanted.vision_feature_select_strategy),
         num_additional_image_tokens=int(has_class_token(config)),
         image_aspect_ratio=wanted.image_aspect_ratio,
+        max_tiles=wanted.tiles,
+        pixel_shuffle=wanted.pixel_shuffle,
     )
 
 

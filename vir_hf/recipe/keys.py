@@ -146,6 +146,8 @@ _LOWEST: dict[str, float] = {
     "training.save_total_limit": 1,
     "training.seed": 0,
     "training.data_seed": 0,
+    "model.max_tiles": 2,
+    "model.pixel_shuffle": 1,
 }
 _HIGHEST: dict[str, float] = {
     "data.max_bad_fraction": 1,
@@ -155,6 +157,8 @@ _HIGHEST: dict[str, float] = {
     "training.adam_beta2": 1,
     "training.seed": 2**32 - 1,  # NumPy's
     "training.data_seed": 2**32 - 1,
+    "model.max_tiles": 64,
+    "model.pixel_shuffle": 4,
 }
 
 

@@ -12,6 +12,7 @@ from vir_hf.recipe import files as recipe_files
 from vir_hf.recipe import keys as recipe_keys
 from vir_hf.recipe import upstream
 from vir_hf.recipe.evaluation_rules import check_held_out
+from vir_hf.recipe.view_rules import check_views
 
 if TYPE_CHECKING:
     from vir_hf.recipe.load import Recipe
@@ -27,8 +28,8 @@ _SCHEDULE_NEEDS = {
     "warmup_stable_decay": ("num_decay_steps",),
 }
 
-# The experiment whose model and data are made on the spot, so that it names neither.
-SELF_CONTAINED = "quickstart"
+# The experiments whose model and data are made on the spot, so that they name neither.
+SELF_CONTAINED = ("quickstart", "quickstart_hd")
 
 
 def write_out(recipe: Recipe) -> None:
@@ -136,7 +137,8 @@ def check(recipe: Recipe, *, require_data: bool = True) -> None:
 
 def _check_model(recipe: Recipe) -> None:
     model = recipe.model
-    if recipe.experiment.name == SELF_CONTAINED:
+    check_views(model, recipe.data)
+    if recipe.experiment.name in SELF_CONTAINED:
         return
     parts = [name for name in ("language_model", "vision_tower") if getattr(model, name)]
     if model.name_or_path and parts:
@@ -189,7 +191,7 @@ def _check_data(recipe: Recipe, require_data: bool) -> None:
             raise RecipeError(f"data.sources[{number}].weight: found {source.weight:g}, expected more than 0.")
         if source.num_rows is not None and source.num_rows < 1:
             raise RecipeError(f"data.sources[{number}].num_rows: found {source.num_rows}, expected 1 or more.")
-    if require_data and not data.data_path and not data.sources and recipe.experiment.name != SELF_CONTAINED:
+    if require_data and not data.data_path and not data.sources and recipe.experiment.name not in SELF_CONTAINED:
         raise RecipeError(
             "data.data_path: is not set. Add data.data_path=ROWS.json (a LLaVA JSON file) and, when its images lie elsewhere, "
             "data.image_folder=FOLDER."
@@ -198,7 +200,8 @@ def _check_data(recipe: Recipe, require_data: bool) -> None:
         raise RecipeError("data.eval_image_folder: is set, but data.eval_path is not. Set data.eval_path=ROWS.json.")
     check_held_out(recipe)
     strategy = recipe.training.eval_strategy
-    if strategy != "no" and not data.eval_path and not data.eval_fraction and recipe.experiment.name != SELF_CONTAINED:
+    has_rows = data.eval_path or data.eval_fraction or recipe.experiment.name in SELF_CONTAINED
+    if strategy != "no" and not has_rows:
         raise RecipeError(
             f"training.eval_strategy: is {strategy}, but there are no rows to evaluate on. Set data.eval_path=ROWS.json or "
             "data.eval_fraction=0.05, or training.eval_strategy=no."
@@ -449,6 +452,8 @@ def check_initialisation(recipe: Recipe) -> None:
 def _check_length(recipe: Recipe) -> None:
     """Raise if not even one image fits into a row, where the recipe or a config beside it says how long an image is."""
     max_length, num_patches = recipe.training.max_length, _num_patches(recipe)
+    if num_patches:  # of the smallest image; a larger one that does not fit is found when rows are measured
+        num_patches = num_patches // recipe.model.pixel_shuffle**2 + (recipe.model.tiling != "none")
     if num_patches and max_length and max_length <= num_patches:
         raise RecipeError(
             f"training.max_length: {max_length} tokens a row, but one image of {recipe.model.vision_tower} takes {num_patches}, "

@@ -40,6 +40,9 @@ class ModelSection:
     image_aspect_ratio: Literal["pad", "crop", "resize"] = "pad"
     vision_feature_layer: int = -2
     vision_feature_select_strategy: Literal["auto", "default", "full"] = "auto"
+    tiling: Literal["none", "tiles"] = "none"
+    max_tiles: int = 4
+    pixel_shuffle: int = 1
     pretrained_projector: str | None = None
     adapter: str | None = None
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
@@ -49,6 +52,11 @@ class ModelSection:
     # Short ways to say it; both are written out into quantization and trainable, and are null afterwards.
     use_qlora: bool | None = None
     load_in_4bit: bool | None = None
+
+    @property
+    def tiles(self) -> int:
+        """How many tiles an image may be cut into; 0 for one view."""
+        return self.max_tiles if self.tiling == "tiles" else 0
 
     def tokenizer_source(self) -> tuple[str | None, str | None]:
         """Name and revision of the tokenizer: `revision` is one of the model's repository, so only of a tokenizer in it."""

@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 
 from vir_hf.errors import DataError
 from vir_hf.rows.chat_layout import ChatLayout, Piece
+from vir_hf.rows.image_lengths import image_lengths, in_words
 from vir_hf.rows.messages import is_learned, place_of, to_messages, why_nothing_is_learned
 from vir_hf.rows.templates import chat_template_for
 
@@ -26,9 +27,9 @@ def encode_row(
 
     Args:
         row: a raw LLaVA row, or what `to_messages` returns.
-        processor: anything with `tokenizer`, `image_token`, `image_token_id`, `num_image_tokens`, `template` and
-            `chat_template`.
-        expand_images: write `num_image_tokens` ids for each image; otherwise one.
+        processor: anything with `tokenizer`, `image_token`, `image_token_id`, `template`, `chat_template`, and `views` or
+            `num_image_tokens`. Where an image's tokens depend on its size, its header is read.
+        expand_images: write as many ids for each image as it has tokens; otherwise one.
         max_length: drop turns from the end until at most so many ids are left; then `num_images` is in the result too:
             how many of the row's images, from the front, are still shown.
         where: put before an error, for example `"train.json row 17"`.
@@ -46,29 +47,35 @@ def encode_with_images(
     """Return `encode_row` and the images that its ids show, in their order; arguments and errors are those of `encode_row`."""
     normal = to_messages(row, where=where)
     try:
-        encoded = encode_messages(normal["messages"], processor, expand_images, max_length)
+        encoded = encode_messages(normal["messages"], processor, expand_images, max_length, images=normal["images"])
     except DataError as error:
         raise DataError(f"{place_of(normal, where)}{error}") from error
     return encoded, normal["images"][: encoded.get("num_images")]
 
 
 def encode_messages(
-    messages: list[dict[str, Any]], processor: Any, expand_images: bool = True, max_length: int | None = None
+    messages: list[dict[str, Any]],
+    processor: Any,
+    expand_images: bool = True,
+    max_length: int | None = None,
+    *,
+    images: Sequence[Any] = (),
 ) -> dict[str, Any]:
-    """`encode_row` for the messages that `to_messages` returned, which are not looked through again."""
-    encoded = _encode(messages, processor, expand_images)
+    """`encode_row` for the messages and images that `to_messages` returned, which are not looked through again."""
+    lengths = image_lengths(images, processor) if expand_images else [1] * len(images)
+    encoded = _encode(messages, processor, lengths)
     if not encoded.ends:
         raise DataError(f"nothing to learn: {why_nothing_is_learned(messages)}")
     if max_length is None:
         return {"input_ids": encoded.input_ids, "labels": encoded.labels}
-    return _fit(messages, encoded, processor, expand_images, max_length)
+    return _fit(messages, encoded, processor, lengths, max_length)
 
 
 _MAX_NEIGHBOURS_TRIED = 8
 
 
 def _fit(
-    messages: list[dict[str, Any]], encoded: _Encoded, processor: Any, expand_images: bool, max_length: int
+    messages: list[dict[str, Any]], encoded: _Encoded, processor: Any, lengths: Sequence[int], max_length: int
 ) -> dict[str, Any]:
     """Return the row cut to `max_length`: whole turns from the end, then the end of the first answer, never an image."""
     answered = list(encoded.ends)
@@ -80,22 +87,21 @@ def _fit(
             if number != answered[0] and whole[number] + margin > max_length:
                 continue
             messages = messages[: number + 1]
-            encoded = _encode(messages, processor, expand_images)
+            encoded = _encode(messages, processor, lengths)
             if encoded.ends[number] <= max_length:
                 break
             num_tried += 1
             if num_tried >= _MAX_NEIGHBOURS_TRIED:
                 margin = max(2 * margin, encoded.ends[number] - whole[number], 1)
     input_ids, labels = encoded.input_ids[:max_length], encoded.labels[:max_length]
+    num_images = sum(part["type"] == "image" for message in messages for part in message["content"])
     if all(label == IGNORE for label in labels):
         asked = next(i for i, label in enumerate(encoded.labels) if label != IGNORE)
-        num_images = sum(part["type"] == "image" for message in messages for part in message["content"])
         raise DataError(
-            f"the first question alone takes {asked} tokens ({num_images} images of {processor.num_image_tokens} tokens "
+            f"the first question alone takes {asked} tokens ({in_words(lengths[:num_images])} "
             f"among them) and leaves none of max_length={max_length} for its answer. "
             f"Set max_length above {asked}, shorten the question, or leave the row out."
         )
-    num_images = sum(part["type"] == "image" for message in messages for part in message["content"])
     return {"input_ids": input_ids, "labels": labels, "num_images": num_images}
 
 
@@ -113,8 +119,10 @@ def encode_prompt_with_images(
 ) -> tuple[list[int], list[Any]]:
     """Return `encode_prompt` and the images that its ids show, in their order."""
     normal = to_messages(row, where=where)
+    images = normal["images"]
     try:
-        ids = _encode(normal["messages"], processor, expand_images, prompt=True).input_ids
+        lengths = image_lengths(images, processor) if expand_images else [1] * len(images)
+        ids = _encode(normal["messages"], processor, lengths, prompt=True).input_ids
     except DataError as error:
         raise DataError(f"{place_of(normal, where)}{error}") from error
     return ids, normal["images"]
@@ -133,7 +141,7 @@ def last_question(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, An
 
 
 class RowLength(NamedTuple):
-    """How long a row is, known without opening an image; images count as `num_image_tokens` each."""
+    """How long a row is, known without decoding an image."""
 
     num_tokens: int
     num_prefix_tokens: int  # before the first supervised one
@@ -143,14 +151,13 @@ class RowLength(NamedTuple):
 
 def row_length(row: Any, processor: Any, *, max_length: int | None = None, where: str = "") -> RowLength:
     """Return how many tokens `encode_row` would give. Raises `DataError` as it does."""
-    encoded = encode_row(row, processor, max_length=max_length, where=where)
+    encoded, images = encode_with_images(row, processor, max_length=max_length, where=where)
     spans = supervised_spans(encoded)
-    num_images = encoded["input_ids"].count(processor.image_token_id) // processor.num_image_tokens
     return RowLength(
         num_tokens=len(encoded["input_ids"]),
         num_prefix_tokens=spans[0][0],
         num_supervised_tokens=sum(end - start for start, end in spans),
-        num_images=num_images,
+        num_images=len(images),
     )
 
 
@@ -183,7 +190,8 @@ class _Chunk(NamedTuple):
     shows_image: bool = False  # an image stands before it
 
 
-def _encode(messages: list[dict[str, Any]], processor: Any, expand_images: bool, prompt: bool = False) -> _Encoded:
+def _encode(messages: list[dict[str, Any]], processor: Any, lengths: Sequence[int], prompt: bool = False) -> _Encoded:
+    """Encode messages; `lengths` says for each of their images, in order, how many ids it takes."""
     tokenizer, separator = processor.tokenizer, processor.image_token_id
     layout = _layout(processor)
     chunks = _chunks(layout, layout.pieces(tokenizer, messages, prompt))
@@ -201,15 +209,16 @@ def _encode(messages: list[dict[str, Any]], processor: Any, expand_images: bool,
             f"the tokenizer does not read {layout.image_token!r} as the one id {separator}. "
             "Call vir_hf.rows.templates.prepare_tokenizer on it."
         )
-    image_ids = [separator] * (processor.num_image_tokens if expand_images else 1)
+    remaining = iter(lengths)
     input_ids: list[int] = [tokenizer.bos_token_id] if layout.prepends_bos else []
     labels = [IGNORE] * len(input_ids)
     ends: dict[int, int] = {}
     start = 0
     for chunk, guard in zip(chunks, [False, *guards], strict=True):
         if chunk.shows_image:
-            input_ids += image_ids
-            labels += [IGNORE] * len(image_ids)
+            length = next(remaining)
+            input_ids += [separator] * length
+            labels += [IGNORE] * length
         start += len(layout.guard) if guard else 0
         end = ids.index(separator, start) if chunk is not chunks[-1] else len(ids)
         input_ids += ids[start:end]
