@@ -100,14 +100,9 @@ def teach_vision_tower(
     )
     chooser = torch.Generator().manual_seed(seed)
     loss = torch.tensor(math.nan)
-<<<<<<< HEAD
     progress = Progress(num_steps, "vision tower", "step")
     for _ in range(num_steps):
-        chosen = torch.randint(len(images), (TOWER_BATCH,), generator=chooser)
-=======
-    for _ in tqdm(range(num_steps), desc="vision tower", unit="step", dynamic_ncols=True):
         chosen = torch.randint(len(pixels), (TOWER_BATCH,), generator=chooser)
->>>>>>> main
         batch = (pixels[chosen].float() / 255 - 0.5) / 0.25
         features = tower(pixel_values=batch).last_hidden_state[:, 1:]  # (batch, num_patches, hidden)
         parts = head(features).flatten(0, 1).split(num_classes, dim=-1)
