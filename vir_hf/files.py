@@ -4,6 +4,8 @@ A file gets its name when it is complete. What proves that a file is ours stands
 `.vir_hf` in a folder we write into lists every file with its size and SHA-256, so that one changed since is not ours any more.
 """
 
+# Over 400 lines: every way of writing or removing a file, so that a test can say that there is no other.
+
 from __future__ import annotations
 
 import contextlib

@@ -7,6 +7,8 @@ index: a run killed in the middle loses at most the picture it was writing. A li
 disk has lost or damaged is computed again, and no other.
 """
 
+# Over 400 lines: writing and reading share the shard format, which is easier to trust in one place.
+
 from __future__ import annotations
 
 import hashlib
