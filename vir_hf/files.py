@@ -112,6 +112,18 @@ def cut_to(path: _Place, num_bytes: int) -> None:
         file.truncate(num_bytes)
 
 
+def claim(folder: _Place, text: str) -> bool:
+    """Return whether this process is the first to say something, of all that share a folder of signs."""
+    sign = Path(folder) / f"said-{hashlib.sha256(text.encode('utf-8', 'replace')).hexdigest()[:16]}"
+    try:
+        with open(sign, "x", encoding="utf-8"):
+            return True
+    except FileExistsError:
+        return False
+    except OSError:  # no such folder: nobody to share with
+        return True
+
+
 def discard(path: _Place) -> None:
     """Remove a file of our own from a cache or a folder of signs, if it is there."""
     Path(path).unlink(missing_ok=True)

@@ -28,9 +28,9 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
 
 from vir_hf import files
+from vir_hf.console import Progress
 from vir_hf.data.cache import flat_batches
 from vir_hf.errors import DataError, RecipeError
 from vir_hf.images.identity import Folders, file_stamp, picture_identities, picture_identity
@@ -466,10 +466,9 @@ def cache_for_training(
     if place != device:
         model.vision_tower.to(device)
     rank, num_replicas = (state.process_index, state.num_processes) if hasattr(rows, "__len__") else (0, 1)
-    bar = tqdm(total=len(range(rank, len(sources), num_replicas)), unit="picture", desc="caching features")
-    for added in fill_cache(cache, model, processor, sources, rank=rank, num_replicas=num_replicas, verify=verify):
-        bar.update(added)
-    bar.close()
+    with Progress(len(range(rank, len(sources), num_replicas)), "caching features", "image") as progress:
+        for added in fill_cache(cache, model, processor, sources, rank=rank, num_replicas=num_replicas, verify=verify):
+            progress.update(added)
     if place != device:
         model.vision_tower.to(place)
     state.wait_for_everyone()
