@@ -109,7 +109,7 @@ def test_held_out_rows_are_evaluated_and_shown_and_not_trained_on(tiny_parts: Pa
     assert [entry["step"] for entry in panel["answers"]] == [1, 2, 3]
     assert all(len(entry["answers"]) == len(held_out) for entry in panel["answers"])
     page = (tmp_path / "report.html").read_text()
-    for words in ("Loss a supervised token", "Right next tokens", "This run has ended", panel["rows"][0]["question"]):
+    for words in ("Loss per supervised token", "Right next tokens", "This run has ended", panel["rows"][0]["question"]):
         assert words in page
     assert "http" not in page.replace("http-equiv", "")
 

@@ -159,17 +159,19 @@ def curves(title: str, series: Mapping[str, Sequence[tuple[float, float]]]) -> C
     finite = {name: [(x, y) for x, y in points if math.isfinite(y)] for name, points in series.items()}
     every = [point for points in finite.values() for point in points] or [(0.0, 0.0)]
     (left, right), (low, high) = ((min(values), max(values)) for values in zip(*every, strict=True))
-    width, top, height = 400, 16, 120
-    across, up = width / ((right - left) or 1), height / ((high - low) or 1)
+    width, start, top, height = 400, 42, 16, 120
+    across, up = (width - start) / ((right - left) or 1), height / ((high - low) or 1)
     drawn = []
     for number, (name, points) in enumerate(finite.items()):
         if points:
-            places = " ".join(f"{(x - left) * across:.1f},{top + height - (y - low) * up:.1f}" for x, y in points)
+            places = " ".join(
+                f"{start + (x - left) * across:.1f},{top + height - (y - low) * up:.1f}" for x, y in points
+            )
             drawn.append(Curve(places, f"curve{number}", name, f"{points[-1][1]:.4g}"))
     labels = [
-        Label(0, 11, f"{high:.4g}"),
-        Label(0, top + height - 4, f"{low:.4g}"),
-        Label(0, top + height + 15, f"step {left:g}"),
+        Label(0, top + 4, f"{high:.4g}"),
+        Label(0, top + height, f"{low:.4g}"),
+        Label(start, top + height + 15, f"step {left:g}"),
         Label(width, top + height + 15, f"{right:g}", "end"),
     ]
     return Curves(title, width, top + height + 20, drawn, labels)

@@ -28,7 +28,7 @@ _SECONDS_BETWEEN_DRAWINGS = 10
 _NUM_ROWS = 3
 # title -> the names in the log whose values are drawn together
 _CHARTS = {
-    "Loss a supervised token": {"training": "loss", "held out": "eval_loss"},
+    "Loss per supervised token": {"training": "loss", "held out": "eval_loss"},
     "Right next tokens": {"training": "mean_token_accuracy", "held out": "eval_token_accuracy"},
     "Learning rate": {"rate": "learning_rate"},
     "Gradient norm": {"norm": "grad_norm"},
