@@ -163,3 +163,68 @@ def test_a_revision_is_one_of_everything_in_its_repository_and_of_nothing_else(
     assert (latest["weights"], latest["generation"]) == (1.0, None)
     assert latest["tokenizers"] == [False, False] and latest["counted"] > 1
     assert other["weights"] == 7.0 and other["tokenizers"] == [True, True]
+
+
+CONFIGURATIONS = """---
+configs:
+- config_name: ai2d
+  data_files:
+  - {split: train, path: ai2d/train-*}
+  - {split: test, path: ai2d/test-*}
+- config_name: chartqa
+  data_files:
+  - {split: train, path: chartqa/train-*}
+---
+"""
+
+MIX = """
+import json
+from vir_hf.data.sources import load_sources
+finevision = {"path": "user/finevision"}
+sources = [
+    {**finevision, "name": "ai2d", "filter": {"relevance_min": ">=2"}},
+    {**finevision, "name": "ai2d", "split": "test"},
+    {**finevision, "name": "chartqa"},
+]
+for streaming in (False, True):
+    rows = load_sources(sources, streaming=streaming)
+    print(json.dumps([row["messages"][1]["content"][0]["text"] for row in rows]))
+try:
+    load_sources([{**finevision, "name": "ai3d"}])
+except Exception as error:
+    print(type(error).__name__, str(error)[:500])
+"""
+
+
+@pytest.mark.slow
+def test_configurations_and_splits_of_finevision(server: minihub.Hub, tmp_path: Path):
+    import datasets
+
+    features = datasets.Features(
+        {
+            "images": datasets.List(datasets.Image()),
+            "texts": datasets.List({"user": datasets.Value("string"), "assistant": datasets.Value("string")}),
+            "source": datasets.Value("string"),
+            "relevance_min": datasets.Value("int64"),
+        }
+    )
+    contents: dict[str, bytes] = {"README.md": CONFIGURATIONS.encode()}
+    for part in ("ai2d/train", "ai2d/test", "chartqa/train"):
+        made = [
+            {
+                "images": [row["image"]],
+                "texts": [{"user": "Which?", "assistant": f"{part} {n}"}],
+                "source": part,
+                "relevance_min": n,
+            }
+            for n, row in enumerate(rows()[:3])
+        ]
+        path = tmp_path / "part.parquet"
+        datasets.Dataset.from_list(made, features=features).to_parquet(path)
+        contents[f"{part}-00000-of-00001.parquet"] = path.read_bytes()
+    server.commit(server.create("dataset", "user/finevision"), "main", "rows", contents, [])
+    done = run(server, tmp_path, "-c", MIX)
+    expected = ["ai2d/train 2", *(f"ai2d/test {n}" for n in range(3)), *(f"chartqa/train {n}" for n in range(3))]
+    *loaded, refused = done.stdout.splitlines()
+    assert [json.loads(line) for line in loaded] == [expected, expected], done.stderr
+    assert refused.startswith("DataError user/finevision: neither a file here") and "(name: ai3d)" in refused

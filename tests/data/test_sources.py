@@ -415,8 +415,8 @@ class TestHub:
         def serve(rows: list[dict], features: datasets.Features | None = None) -> None:
             dataset = datasets.Dataset.from_list(rows, features=features)
 
-            def load_dataset(name: str, split: str, streaming: bool):
-                assert (name, split) == ("owner/name", "train")
+            def load_dataset(path: str, name: str | None, split: str, streaming: bool):
+                assert (path, name, split) == ("owner/name", None, "train")
                 return dataset.to_iterable_dataset(num_shards=min(2, len(dataset))) if streaming else dataset
 
             monkeypatch.setattr(datasets, "load_dataset", load_dataset)

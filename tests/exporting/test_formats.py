@@ -68,7 +68,10 @@ def test_a_format_answers_as_the_run_does(run: str, to: str, runs: dict[str, Pat
 @pytest.mark.parametrize("quantization", ["f32", "f16", "q8_0", "q4_0"])
 def test_gguf_answers_as_the_run_does(quantization: str, runs: dict[str, Path], tmp_path: Path) -> None:
     pytest.importorskip("gguf")
-    exported = export_run(Request(run=str(runs["adapter"]), to="gguf", quantization=quantization), tmp_path / "out")
+    exported = export_run(
+        Request(run=str(runs["adapter"]), to="gguf", quantization=quantization, accepts_class_token=True),
+        tmp_path / "out",
+    )
     assert exported.proofs[0].difference < (0.02 if quantization == "f32" else 0.1)
     assert any("rounding to" in note for note in exported.notes) == (quantization in ("q8_0", "q4_0"))
     mmproj = "mmproj-f32.gguf" if quantization == "f32" else "mmproj-f16.gguf"

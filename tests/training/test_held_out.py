@@ -164,3 +164,27 @@ def test_what_cannot_be_held_out_is_refused(
 ) -> None:
     with pytest.raises(RecipeError, match=message):
         recipe_for(tiny_parts, tmp_path, **changes)
+
+
+def test_a_panel_that_cannot_be_asked_does_not_end_the_run(
+    tiny_parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from vir_hf.training import panel
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(panel, "ask", broken)
+    metrics = train(recipe_for(tiny_parts, tmp_path, **EVERY_STEP | {"training.max_steps": 2}))
+    assert len(metrics["evaluation_history"]) == 2 and not (tmp_path / "panel.json").exists()
+    assert caplog.text.count("the panel's questions could not be answered") == 1
+
+
+def test_a_question_too_long_for_the_model_is_passed_over(
+    tiny_parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vir_hf.training import panel
+
+    monkeypatch.setattr(panel, "MAX_NEW_TOKENS", 10**6)
+    train(recipe_for(tiny_parts, tmp_path, **EVERY_STEP | {"training.max_steps": 1}))
+    assert not (tmp_path / "panel.json").exists()

@@ -61,6 +61,7 @@ def main(argv: list[str]) -> int:
         images=arguments.images,
         quantization=arguments.type,
         accepts_padding=arguments.accept_padding,
+        accepts_class_token=arguments.accept_class_token,
     )
     exported = export_run(request, arguments.out)
     write_json(arguments.json, json.loads(json.dumps(dataclasses.asdict(exported), default=str)))

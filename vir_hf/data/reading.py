@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from vir_hf.data.filters import Condition, parse_filter
@@ -137,8 +137,11 @@ class Seen:
                     f"data.filter.{column}, or remove it."
                 )
 
-    def report(self, source: str) -> None:
-        """Log in a line each how the rows were read, which were left out, and what nothing reads.
+    def report(self, source: str, tell: Callable[[str], None] = logger.info) -> None:
+        """Say in a line each how the rows were read, which were left out, and what nothing reads.
+
+        Args:
+            tell: takes what is good to know; what may be wrong is logged as a warning.
 
         Raises:
             DataError: a condition names a column that no row has.
@@ -146,17 +149,15 @@ class Seen:
         source = clipped(source, 120)
         self.refuse_absent_columns(source)
         if self.shapes:
-            logger.info("%s: %s", source, self.shapes_line())
+            tell(f"{source}: {self.shapes_line()}")
             if odd := self.odd_shapes():
                 logger.warning("%s: %s", source, clipped(odd, 360))
         if self.filtered:
             listed = ", ".join(f"{text} ({count:,})" for text, count in self.filtered.most_common(8))
             total = sum(self.filtered.values())
-            logger.info(
-                "%s: data.filter leaves out %d of %d rows: %s", source, total, self.num_rows, clipped(listed, 280)
-            )
+            tell(f"{source}: data.filter leaves out {total} of {self.num_rows} rows: {clipped(listed, 280)}")
         if self.boxes:
-            logger.info("%s: %d boxes written in the form of data.boxes", source, self.boxes)
+            tell(f"{source}: {self.boxes} boxes written in the form of data.boxes")
         if self.unread:
             listed = ", ".join(f"{name} ({count} rows)" for name, count in self.unread.most_common(8))
             logger.warning(

@@ -67,6 +67,7 @@ def load_llava_dataset(
     split: str | None = None,
     reading: Reading = BY_COLUMNS,
     duplicates: Duplicates | None = None,
+    tell: Callable[[str], None] = logger.info,
 ) -> datasets.Dataset | datasets.IterableDataset:
     """Return the rows of LLaVA data as a dataset with the columns `id`, `messages` and `images`.
 
@@ -86,6 +87,7 @@ def load_llava_dataset(
         name, split: which configuration and split of a Hub data set; by default its only one, and `train`.
         reading: in which shape rows are read and which of them, `Reading.of(format="vqa", filter={"relevance_min": ">=3"})`.
         duplicates: what other sources have given; rows that repeat it, or each other, are left out. Not of a stream.
+        tell: takes the line that says in which shape rows were read, and how many a filter left out.
 
     Raises:
         DataError: no data file, malformed JSON (with its line), or rows that cannot be trained on (with number and id).
@@ -104,7 +106,7 @@ def load_llava_dataset(
         stream = source.stream(policy)
         stream = stream if max_rows is None else stream.take(max_rows)
         return stream.map(OpenImages(allow_urls), batched=True, batch_size=1) if decode_images else stream
-    dataset, bad = source.load(max_rows)
+    dataset, bad = source.load(max_rows, tell)
     policy.enforce(bad, len(dataset) + len(bad), path)
     if bad_rows is not None:
         bad_rows.extend(bad)
@@ -113,10 +115,12 @@ def load_llava_dataset(
     return dataset.with_transform(OpenImages(allow_urls)) if decode_images else dataset
 
 
-def load_recipe_rows(recipe: Any, bad_rows: list[BadRow] | None = None) -> Any:
+def load_recipe_rows(
+    recipe: Any, bad_rows: list[BadRow] | None = None, tell: Callable[[str], None] = logger.info
+) -> Any:
     """Return the training rows a recipe names, `data.data_path` or the mixture of `data.sources`, pictures undecoded."""
     data = recipe.data
-    options = _recipe_options(data, bad_rows)
+    options = _recipe_options(data, bad_rows) | {"tell": tell}
     if data.sources:
         sources = [dataclasses.asdict(source) for source in data.sources]
         return load_sources(sources, seed=recipe.training.seed, decode_images=False, **options)
@@ -265,11 +269,11 @@ class _FileRows:
         folders = {root: ImageFolder(root, allow_urls=allow_urls) for root in dict.fromkeys(roots)}
         self.folders = [folders[root] for root in roots]
 
-    def load(self, max_rows: int | None) -> tuple[datasets.Dataset, list[BadRow]]:
+    def load(self, max_rows: int | None, tell: Callable[[str], None]) -> tuple[datasets.Dataset, list[BadRow]]:
         for folder in self.folders:
             folder.open()
         name = fingerprint(self.files, [folder.identity for folder in self.folders], max_rows, self.reading.identity)
-        return _open_cache(name, lambda seen: self._rows(max_rows, seen), self.path, self._has_arrived)
+        return _open_cache(name, lambda seen: self._rows(max_rows, seen), self.path, tell, self._has_arrived)
 
     def _rows(self, max_rows: int | None, seen: Seen) -> Iterator[dict[str, Any] | BadRow | None]:
         num_rows = 0
@@ -369,7 +373,7 @@ class _HubRows:
             ) from error
         self.dataset = _without_decoding(dataset)
 
-    def load(self, max_rows: int | None) -> tuple[datasets.Dataset, list[BadRow]]:
+    def load(self, max_rows: int | None, tell: Callable[[str], None]) -> tuple[datasets.Dataset, list[BadRow]]:
         dataset = self.dataset if max_rows is None else self.dataset.take(max_rows)
         name = fingerprint(
             [], self.name, dataset._fingerprint, self.folder.identity if self.folder else None, self.reading.identity
@@ -379,7 +383,7 @@ class _HubRows:
             numbered = enumerate(dataset)
             return (normalise_row(raw, self.folder, self.name, i, seen, self.reading) for i, raw in numbered)
 
-        return _open_cache(name, rows, self.name)
+        return _open_cache(name, rows, self.name, tell)
 
     def stream(self, policy: BadRowPolicy) -> datasets.IterableDataset:
         columns = self.dataset.column_names or list(next(iter(self.dataset)))
@@ -427,10 +431,11 @@ def _open_cache(
     name: str,
     rows: Callable[[Seen], Iterator[dict[str, Any] | BadRow | None]],
     source: str,
+    tell: Callable[[str], None],
     has_arrived: Callable[[BadRow], bool] = lambda bad: False,
 ) -> tuple[datasets.Dataset, list[BadRow]]:
     path, bad_rows, seen = cached_rows(name, rows, has_arrived)
-    seen.report(source)
+    seen.report(source, tell)
     return datasets.Dataset.from_file(str(path), info=datasets.DatasetInfo(features=ROW_FEATURES)), bad_rows
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,9 +12,12 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from vir_hf.data.filters import failed_by_columns
+from vir_hf.data.reading import READING_KEYS, Reading
 from vir_hf.errors import DataError
 from vir_hf.rows.files import find_data_files, read_rows
 from vir_hf.rows.messages import examine, is_learned
+from vir_hf.rows.shapes import in_llava_form, with_columns
 
 if TYPE_CHECKING:
     from vir_hf.batches.sampling import RowSize
@@ -105,6 +109,7 @@ def estimate_statistics(recipe: Recipe, tokens_per_image: int) -> tuple[DatasetS
         return None, "data.sources with weights or row counts: steps, tokens and time of an epoch are not counted"
     if not all(path and os.path.exists(path) for path in paths):
         return None, f"{', '.join(map(str, paths))}: not a local file, so its rows are not counted"
+    reading = Reading.of(**{key: getattr(data, key) for key in READING_KEYS})
     count_tokens, how = _token_counter(recipe)
     overhead = 0 if recipe.model.template == "plain" else _SYSTEM_TOKENS
 
@@ -112,8 +117,9 @@ def estimate_statistics(recipe: Recipe, tokens_per_image: int) -> tuple[DatasetS
         num_rows = 0
         for path in paths:
             for file in find_data_files(path):
-                for _, row in read_rows(file):
-                    measured = _row_length(row, count_tokens)
+                for _, raw in read_rows(file):
+                    row = _as_read(raw, reading)
+                    measured = None if row is None else _row_length(row, count_tokens)
                     if measured is None:
                         continue
                     text, answer, turns, images = measured
@@ -124,6 +130,17 @@ def estimate_statistics(recipe: Recipe, tokens_per_image: int) -> tuple[DatasetS
 
     source = f"{', '.join(map(str, paths))}, {how}"
     return DatasetStatistics.of_lengths(lengths(), max_length=recipe.training.max_length, source=source), source
+
+
+def _as_read(raw: Any, reading: Reading) -> Any:
+    """Return a row as the recipe reads it; None for one that it leaves out by a column or cannot read."""
+    row = with_columns(raw, reading.columns)
+    if failed_by_columns(reading.conditions, row, Counter()) is not None:
+        return None
+    try:
+        return in_llava_form(row, reading.format)[1]
+    except DataError:
+        return None
 
 
 def _row_length(row: Any, count_tokens: Callable[[str], int]) -> tuple[int, int, int, int] | None:

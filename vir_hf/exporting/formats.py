@@ -15,7 +15,7 @@ from vir_hf.exporting.llamacpp import write_gguf
 from vir_hf.exporting.llamacpp_proof import prove_gguf
 from vir_hf.exporting.original import write_original
 from vir_hf.exporting.plain import Plain, plain_folder, saved_dtype, write_plain
-from vir_hf.exporting.proof import LIMITS, Expected, Proof, expected_of, prove
+from vir_hf.exporting.proof import LIMITS, QUESTION, Expected, Proof, expected_of, prove
 from vir_hf.exporting.request import Request
 from vir_hf.exporting.serving import check_for_vllm, vllm_version
 from vir_hf.llava.configuration_llava import NATIVE_PROJECTOR_TYPE
@@ -69,7 +69,7 @@ def _other(request: Request, staging: Path, exported: Exported) -> None:
         if request.to == "llava":
             write_original(plain, staging, exported.out.resolve())
         else:
-            write_gguf(plain, staging, request.quantization, request.accepts_padding, exported.notes)
+            write_gguf(plain, staging, request, exported.notes)
     if request.verify and request.to == "llava":
         reader = "the original LLaVA's sums on transformers' classes"
         exported.proofs.append(prove(staging, "llava", _expected(request, size), limit, reader=reader))
@@ -97,7 +97,8 @@ def _plain(request: Request, staging: Path, exported: Exported) -> None:
         if version is None:
             exported.notes.append("vLLM is not installed here: what it needs was checked, vLLM itself was not asked")
         else:
-            exported.proofs.append(prove(staging, "vllm", expected, _limit(plain), reader=f"vLLM {version}"))
+            more = {"context": max(map(len, expected.input_ids)) + 64, "question": QUESTION}
+            exported.proofs.append(prove(staging, "vllm", expected, _limit(plain), reader=f"vLLM {version}", **more))
 
 
 def _adapter(request: Request, staging: Path, exported: Exported) -> None:

@@ -50,11 +50,12 @@ _LAYER_NAMES = {
 _WIDE = ("v.class_embd", "v.position_embd.weight")
 
 
-def check_vision(plain: Plain, accepts_padding: bool) -> None:
+def check_vision(plain: Plain, accepts_padding: bool, accepts_class_token: bool = False) -> None:
     """Raise unless llama.cpp would see what this model sees.
 
     Args:
         accepts_padding: images may become squares in another way.
+        accepts_class_token: it is a llama.cpp that puts CLIP's class token first.
 
     Raises:
         RecipeError: what it cannot express.
@@ -74,6 +75,13 @@ def check_vision(plain: Plain, accepts_padding: bool) -> None:
     if why is not None:
         raise RecipeError(
             f"--to gguf: llama.cpp cannot express this model: {why}. Export it --to transformers or vllm."
+        )
+    if plain.vision["model_type"] == "clip_vision_model" and not accepts_class_token:
+        # https://github.com/ggml-org/llama.cpp/pull/25844, open; of 2025-05 to 2026-10 at least
+        raise RecipeError(
+            "--to gguf: llama.cpp misreads every CLIP tower since May 2025: it puts the class token behind the patches, so each "
+            "patch has its neighbour's position and the first is lost (ggml-org/llama.cpp#25814). SigLIP towers are read right. "
+            "--accept-class-token writes it all the same, for a llama.cpp with the fix of #25844."
         )
     way = how_squares_differ(plain)
     if way is not None and not accepts_padding:

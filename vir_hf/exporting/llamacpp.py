@@ -11,6 +11,7 @@ from vir_hf.exporting.gguf_language import check_language_model, write_language_
 from vir_hf.exporting.gguf_vision import check_vision, how_squares_differ, write_mmproj
 from vir_hf.exporting.modelfile import modelfile
 from vir_hf.exporting.plain import Plain
+from vir_hf.exporting.request import Request
 
 
 def language_model_file(quantization: str) -> str:
@@ -23,7 +24,7 @@ def mmproj_file(quantization: str) -> str:
     return f"mmproj-{'f32' if quantization == 'f32' else 'f16'}.gguf"
 
 
-def write_gguf(plain: Plain, folder: Path, quantization: str, accepts_padding: bool, notes: list[str]) -> None:
+def write_gguf(plain: Plain, folder: Path, request: Request, notes: list[str]) -> None:
     """Write a plain model for llama.cpp into a staging folder.
 
     Args:
@@ -33,8 +34,9 @@ def write_gguf(plain: Plain, folder: Path, quantization: str, accepts_padding: b
         RecipeError: what llama.cpp cannot express, by name.
     """
     gguf_package()
+    quantization = request.quantization
     check_language_model(plain)
-    check_vision(plain, accepts_padding)
+    check_vision(plain, request.accepts_padding, request.accepts_class_token)
     write_language_model(plain, folder / language_model_file(quantization), quantization)
     write_mmproj(plain, folder / mmproj_file(quantization), quantization)
     tokenizer = plain.processor.tokenizer

@@ -21,6 +21,8 @@ MARKER = "<__media__>"
 # As the limits of `proof`. llama.cpp's GELU is the tanh one, and in a 16 bit file the tower is 16 bit.
 LIMITS = {"f32": 2e-2, "f16": 5e-2}
 _LIMIT_16_BIT = 1e-1
+# llama.cpp keeps keys and values in 16 bit, and beside block-quantised weights rounds what they are multiplied with to 8 bit.
+_LIMIT_ENGINE, _LIMIT_ENGINE_8_BIT = 1e-1, 5e-1
 
 
 def prove_gguf(request: Request, folder: Path, notes: list[str]) -> list[Proof]:
@@ -56,6 +58,7 @@ def prove_gguf(request: Request, folder: Path, notes: list[str]) -> list[Proof]:
     if adds_bos(processor.tokenizer):
         prompt = prompt.removeprefix(processor.tokenizer.bos_token)
     cases = [{"prompt": prompt, "answer_ids": ids} for ids in expected.answer_ids]
+    limit = _LIMIT_ENGINE if kept in ("f32", "f16", "bf16") else _LIMIT_ENGINE_8_BIT
     proofs.append(prove(folder, "llama.cpp", expected, limit, reader="llama.cpp", **{**job, "cases": cases}))
     return proofs
 

@@ -20,6 +20,7 @@ class Request:
         images: of the proof; built-in ones by default.
         quantization: of a GGUF's large weights, a key of `QUANTIZATIONS`.
         accepts_padding: llama.cpp may make an image a square in its own way.
+        accepts_class_token: llama.cpp has the fix of its issue 25814, or what it sees of a CLIP tower does not matter.
     """
 
     run: str
@@ -31,6 +32,7 @@ class Request:
     images: Sequence[str] = ()
     quantization: str = "f16"
     accepts_padding: bool = False
+    accepts_class_token: bool = False
 
     @property
     def source(self) -> dict[str, Any]:

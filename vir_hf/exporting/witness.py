@@ -352,26 +352,26 @@ class Vllm:
     def __init__(self, folder: Path, job: dict[str, Any]) -> None:
         import vllm
 
-        self.engine = vllm.LLM(
-            str(folder), dtype=job["dtype"], enforce_eager=True, max_num_seqs=1, max_model_len=job["context"]
-        )
+        options = {"enforce_eager": True, "max_num_seqs": 1, "max_model_len": job["context"]}
+        self.engine, self.question = vllm.LLM(str(folder), dtype=job["dtype"], **options), job["question"]
 
-    def encode(self, prompt: str, image: Image.Image) -> dict[str, Any]:
-        """A prompt and its image."""
-        return {"prompt": prompt, "multi_modal_data": {"image": image}}
+    def encode(self, prompt: str, image: Image.Image) -> list[dict[str, Any]]:
+        """One turn; the prompt is rendered by vLLM, from the chat template beside the model."""
+        content = [{"type": "image_pil", "image_pil": image}, {"type": "text", "text": self.question}]
+        return [{"role": "user", "content": content}]
 
-    def ids(self, inputs: dict[str, Any]) -> list[int]:
+    def ids(self, inputs: Any) -> list[int]:
         """Not asked for."""
         return []
 
-    def logits(self, inputs: dict[str, Any], answer_ids: list[int]) -> None:
+    def logits(self, inputs: Any, answer_ids: list[int]) -> None:
         """Not given by its interface."""
 
-    def generate(self, inputs: dict[str, Any], num_tokens: int) -> Any:
+    def generate(self, inputs: Any, num_tokens: int) -> Any:
         """The greedy answer."""
         import vllm
 
-        return self.engine.generate(inputs, vllm.SamplingParams(temperature=0, max_tokens=num_tokens))[0]
+        return self.engine.chat(inputs, vllm.SamplingParams(temperature=0, max_tokens=num_tokens), use_tqdm=False)[0]
 
     def decode(self, answer: Any) -> str:
         """The text of an answer."""

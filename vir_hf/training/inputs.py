@@ -40,7 +40,7 @@ def rows_and_plan(
     Args:
         bad_rows, bad_eval_rows: receive the rows left out.
     """
-    rows = load_recipe_rows(recipe, bad_rows)
+    rows = load_recipe_rows(recipe, bad_rows, tell=print if rank == 0 else logger.info)
     if recipe.data.streaming:
         plan = plan_stream(recipe, world_size, rank)
         return share_of_stream(rows, rank, world_size), plan, load_eval_rows(recipe, processor, bad_eval_rows)

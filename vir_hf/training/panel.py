@@ -6,6 +6,7 @@ import base64
 import copy
 import io
 import json
+import logging
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,14 +16,16 @@ import numpy as np
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from vir_hf.errors import DataError, RunError
+from vir_hf.errors import DataError
 from vir_hf.images.opening import open_image
 from vir_hf.inference import Answerer, Question
-from vir_hf.rows.encoding import last_question
+from vir_hf.rows.encoding import encode_prompt_with_images, last_question
 from vir_hf.training import checkpoints
 
 if TYPE_CHECKING:
     from vir_hf.training.trainer import LlavaTrainer
+
+logger = logging.getLogger(__name__)
 
 _THUMBNAIL = 240  # pixels of the longer side
 MAX_NEW_TOKENS = 64
@@ -63,6 +66,8 @@ class Panel(TrainerCallback):
             images = [open_image(image) for image in row["images"][:num_images]]
         except DataError:
             return  # the step that meets it says so
+        if not self._fits(Question.of_messages(messages, images)):
+            return
         self.asked.append(Question.of_messages(messages, images))
         self.rows.append(
             {
@@ -72,6 +77,15 @@ class Panel(TrainerCallback):
                 "images": [_thumbnail(image) for image in images],
             }
         )
+
+    def _fits(self, question: Question) -> bool:
+        """Whether question and answer fit into what the model reads at once."""
+        limit = getattr(self.trainer.model.config.get_text_config(), "max_position_embeddings", None)
+        try:
+            ids, _ = encode_prompt_with_images({"messages": question.messages()}, self.trainer.processing_class)
+        except DataError:
+            return False
+        return limit is None or len(ids) + MAX_NEW_TOKENS <= limit
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -88,7 +102,12 @@ class Panel(TrainerCallback):
         if not self.rows or not state.is_world_process_zero:
             return
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        self.answers[state.global_step] = ask(model, self.trainer, self.asked)
+        try:
+            self.answers[state.global_step] = ask(model, self.trainer, self.asked)
+        except (DataError, RuntimeError) as error:  # a look at the model is not worth the run
+            logger.warning("the panel's questions could not be answered, and are not asked again: %s", error)
+            self.rows = []
+            return
         kept = [{"step": step, "answers": found} for step, found in sorted(self.answers.items())]
         checkpoints.run_folder(self.place.parent).write_json(checkpoints.PANEL, {"rows": self.rows, "answers": kept})
 
@@ -105,10 +124,6 @@ def ask(model: Any, trainer: LlavaTrainer, questions: list[Question]) -> list[st
                 answerer.answer_prompts([answerer.encode(question)], max_new_tokens=MAX_NEW_TOKENS)[0]
                 for question in questions
             ]
-    except (DataError, RuntimeError) as error:
-        raise RunError(
-            f"the panel's questions could not be answered: {error}. Set training.panel_size=0 to train without it."
-        ) from error
     finally:
         model.generation_config = defaults
         model.train(was_training)

@@ -113,7 +113,7 @@ class Report(TrainerCallback):
         )
 
     def _questions(self) -> list[dict[str, Any]]:
-        if self.panel is None:
+        if self.panel is None or not self.panel.rows:
             return []
         by_step = sorted(self.panel.answers.items())
         return [

@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def read_results(path: Path, tasks: Sequence[str]) -> list[dict[str, Any]]:
                     "metric": metric if how in ("", "none") else f"{metric}, {how}",
                     "value": value,
                     "num_rows": count or 0,
-                    "compared_as": f"lmms-eval {document.get('lmms_eval_version', '')}".strip(),
+                    "compared_as": f"lmms-eval {_version()}".strip(),
                 }
             )
     missing = [task for task in tasks if not any(_is_of(row["dataset"], task, document) for row in results)]
@@ -95,6 +96,13 @@ def read_results(path: Path, tasks: Sequence[str]) -> list[dict[str, Any]]:
             f"lmms-eval gave no score for {', '.join(missing)}: {path}. Look at what it printed for that task."
         )
     return results
+
+
+def _version() -> str:
+    try:
+        return version("lmms-eval")
+    except PackageNotFoundError:  # run from its source
+        return ""
 
 
 def _is_of(dataset: str, task: str, document: dict[str, Any]) -> bool:
