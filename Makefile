@@ -11,7 +11,7 @@ SOURCES := vir_hf tests $(wildcard benchmarks) $(wildcard spaces)
 
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart test long check lint types compile browser drills families distributed newest engines wheel repository clean
+.PHONY: docs links notebooks help quickstart test long check lint types compile browser drills families distributed newest engines wheel repository clean
 
 help:
 	@echo "make quickstart   train a tiny model on drawn pictures, in minutes, without a GPU or a download"
@@ -26,6 +26,9 @@ help:
 	@echo "make repository   actionlint, hadolint and cffconvert over the workflows, the Dockerfile and CITATION.cff"
 	@echo "make newest       the tests on the newest releases of transformers and TRL, past the versions setup.cfg allows"
 	@echo "make engines      saved folders in other versions of transformers and in vLLM; writes docs/engines.md"
+	@echo "make docs         the documentation as a site, in build/docs; a warning is an error"
+	@echo "make notebooks    both notebooks executed from beginning to end"
+	@echo "make links        every link of the documentation to another host"
 	@echo "make clean        remove .venv and caches (outputs/ stays)"
 
 quickstart: $(VENV)/.installed
@@ -125,8 +128,29 @@ repository: $(VENV)/.installed-dev
 	.venv-repository/bin/python -m pip install --quiet $(LINTERS)
 	PATH="$(CURDIR)/.venv-repository/bin:$$PATH" $(BIN)/python -m pytest tests/test_repository.py $(PYTEST_ARGS)
 
+# The site, into build/docs, from an environment of its own that sees the packages of the tests; any warning is an error.
+# `make links` asks every other host that a page names.
+DOCS_BIN := .venv-docs/bin
+docs: .venv-docs/.installed
+	$(BIN)/python docs/figures.py
+	$(DOCS_BIN)/python -m sphinx -W --keep-going -q -b html -d build/doctrees docs build/docs
+	@echo "open build/docs/index.html"
+
+# Both notebooks from beginning to end, the second with tiny stand-ins for the models.
+notebooks: .venv-docs/.installed
+	$(DOCS_BIN)/python -m pytest -m long tests/test_notebooks.py $(PYTEST_ARGS)
+
+links: .venv-docs/.installed
+	$(DOCS_BIN)/python -m sphinx -q -b linkcheck -d build/doctrees docs build/links
+
+.venv-docs/.installed: $(VENV)/.installed-dev
+	test -x $(DOCS_BIN)/python || $(BIN)/python -m venv .venv-docs
+	$(BIN)/python -c 'import sysconfig as s; print(s.get_path("purelib"))' > "$$($(DOCS_BIN)/python -c 'import sysconfig as s; print(s.get_path("purelib"))')/tests.pth"
+	$(DOCS_BIN)/python -m pip install --quiet -e ".[docs]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-newest .venv-engines .venv-wheel .venv-repository build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) .venv-docs .venv-newest .venv-engines .venv-wheel .venv-repository build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch first and pinned: where a CPU build is at hand, it is taken, and what follows does not replace it.

@@ -80,7 +80,7 @@ def test_the_two_commands_are_in_the_makefile(target: str, runs: str, tmp_path: 
 
 def test_the_section_shows_every_step_of_a_run() -> None:
     words = [line[1] for line in commands("A real run")]
-    assert words == ["data", "plan", "train", "chat", "evaluate", "push"]
+    assert words == ["doctor", "data", "plan", "train", "chat", "evaluate", "push"]
 
 
 def test_data_check_as_written(folder: Path) -> None:
@@ -146,9 +146,19 @@ def test_the_rows_shown_are_rows() -> None:
     ]
 
 
+def test_the_recipe_shown_is_one(tmp_path: Path) -> None:
+    from vir_hf.recipe.load import load_recipe
+
+    (text,) = blocks("yaml")
+    (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
+    recipe = load_recipe([], recipe_file=tmp_path / "mine.yaml")
+    assert recipe.quantization.bits == 4 and recipe.trainable.language_model == "lora"
+
+
 @pytest.mark.slow
 def test_the_python_block_trains_a_model_that_stock_transformers_opens(folder: Path) -> None:
-    (code,) = blocks("python")
+    page = (ROOT / "docs" / "how-to" / "train-in-python.md").read_text(encoding="utf-8")
+    code = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)[0]
     done = run([sys.executable, "-c", code], folder)
     assert done.returncode == 0, done.stderr[-3000:]
     check = "from transformers import AutoModelForImageTextToText as M; print(type(M.from_pretrained('out/model')).__name__)"

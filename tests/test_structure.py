@@ -400,3 +400,20 @@ def test_only_files_writes_and_removes_files() -> None:
     assert places == [], "write through vir_hf.files, or say here why not"
     unused = {name: set(words) - found.get(name, set()) for name, words in WRITERS.items()}
     assert {name: words for name, words in unused.items() if words} == {}, "take these out of the list"
+
+
+def test_no_function_has_more_than_60_lines_of_code_and_no_module_more_than_400_without_a_reason() -> None:
+    """Of a function its signature and docstring do not count: what it takes and does may be told at length."""
+    long_functions = [
+        f"{place} {node.name}"
+        for place, node in nodes()
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        and (node.end_lineno or 0)
+        - (node.body[bool(ast.get_docstring(node))] if len(node.body) > 1 else node.body[0]).lineno
+        >= 60
+    ]
+    assert long_functions == []
+    for module in MODULES.values():
+        text = module.path.read_text(encoding="utf-8")
+        if text.count("\n") > 400:
+            assert "\n# Over 400 lines: " in text, f"{module.path} is long: split it, or say why at its top"

@@ -6,17 +6,36 @@ import difflib
 import importlib
 import logging
 import os
+import platform
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from vir_hf import __version__
+from vir_hf import __version__, console
 from vir_hf.errors import DataError, RecipeError
 from vir_hf.waiting import bound_spinning
 
 WRONG_CALL = 2
+STOPPED = 75  # EX_TEMPFAIL, as `training.signals` ends a run
 INTERRUPTED = 130
 CLOSED_PIPE = 141  # what a shell reports of any program whose reader has gone
+
+# Every exit code and what it means; the reference of the documentation is made from this.
+EXIT_CODES = {
+    0: "Done.",
+    1: "Done, and problems were found: bad rows, unanswered rows, batches that differ, an installation that cannot work. Of "
+    "`train`: the run could not go on; its last line says what is left on disk.",
+    WRONG_CALL: "The command line, the recipe or the data cannot be used. Nothing was trained, or a row broke during an epoch.",
+    STOPPED: "A signal stopped training after a checkpoint. The same command with `--resume` continues it.",
+    INTERRUPTED: "Ctrl-C; while training, a second Ctrl-C.",
+    CLOSED_PIPE: "The reader of the output has gone, as in `vir-hf recipes | head -1`.",
+}
+# Options of every command, taken out of the command line before the command sees it.
+OUTPUT_OPTIONS = {
+    "--quiet": "print results, warnings and errors only",
+    "--log-level LEVEL": "print messages from LEVEL on: debug, info, warning (default) or error",
+}
+VERSIONED = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "deepspeed")
 
 
 @dataclass(frozen=True)
@@ -38,7 +57,7 @@ COMMANDS = {
     "plan": Command("vir_hf.commands.plan", "memory and time a recipe needs, before any download"),
     "recipes": Command("vir_hf.commands.recipes", "list the experiments, with stage and hardware"),
     "data": Command("vir_hf.commands.data", "check, inspect, prepare and cache a data set"),
-    "chat": Command("vir_hf.commands.chat", "talk to a model about pictures in the terminal"),
+    "chat": Command("vir_hf.commands.chat", "talk to a model about images in the terminal"),
     "answer": Command("vir_hf.commands.answer", "answer one question, or a file of them"),
     "demo": Command("vir_hf.commands.demo", "open the demo in a browser, on this machine"),
     "evaluate": Command("vir_hf.commands.evaluate", "measure a run on held-out rows, before and after tuning"),
@@ -63,12 +82,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(usage())
         return 0 if words else WRONG_CALL
     if words[0] in ("-V", "--version"):
-        print(f"vir-hf {__version__}")
+        print(versions())
         return 0
-    command = COMMANDS.get(words[0])
+    said: dict[str, str] = {}
+    try:
+        if words[0] != "completion":  # whose words are another command line
+            words, said = console.take_output_options(words)
+    except RecipeError as error:
+        return fail(str(error))
+    command = COMMANDS.get(words[0]) if words else None
     if command is None:
-        return fail(_unknown_command(words[0]))
-    return run(command.load, words[1:])
+        return fail(_unknown_command(words[0]) if words else "no command; `vir-hf --help` lists them.")
+    with console.settings(said):
+        code = run(command.load, words[1:])
+    if code == 0 and words[0] != "completion" and {"-h", "--help"} & set(words[1:]):
+        print("\noptions of every command:\n" + _listed(OUTPUT_OPTIONS, 22))
+    return code
 
 
 def run(load: Callable[[], Callable[[list[str]], int]], argv: list[str]) -> int:
@@ -82,7 +111,7 @@ def run(load: Callable[[], Callable[[list[str]], int]], argv: list[str]) -> int:
     except (RecipeError, DataError) as error:
         return fail(str(error))
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        console.print_error("interrupted", INTERRUPTED)
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output has gone, as in `vir-hf recipes | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -93,13 +122,12 @@ def run(load: Callable[[], Callable[[list[str]], int]], argv: list[str]) -> int:
 
 def fail(message: str) -> int:
     """Print an error the user can mend and return the exit code that goes with it."""
-    print(f"error: {message}", file=sys.stderr)
+    console.print_error(f"error: {message}", WRONG_CALL)
     return WRONG_CALL
 
 
 def usage() -> str:
     """Return the help text: every command with its line."""
-    lines = [f"  {word:<12}{command.help}" for word, command in COMMANDS.items()]
     return "\n".join(
         [
             "usage: vir-hf COMMAND [arguments]",
@@ -107,11 +135,32 @@ def usage() -> str:
             "LLaVA-style visual instruction tuning, native to Hugging Face.",
             "",
             "commands:",
-            *lines,
+            _listed({word: command.help for word, command in COMMANDS.items()}, 12),
             "",
-            "`vir-hf COMMAND --help` explains one. Documentation: README.md and docs/.",
+            "options of every command:",
+            _listed(OUTPUT_OPTIONS, 22),
+            "",
+            "`vir-hf COMMAND --help` explains one command, `vir-hf --version` lists versions, `vir-hf doctor` checks the",
+            "installation. Documentation: README.md and docs/.",
         ]
     )
+
+
+def _listed(entries: dict[str, str], width: int) -> str:
+    return "\n".join(f"  {name:<{width}}{text}" for name, text in entries.items())
+
+
+def versions() -> str:
+    """Return `vir-hf VERSION`, and a line for each library below it that decides what is computed."""
+    from importlib import metadata
+
+    lines = [f"vir-hf {__version__}", f"python {platform.python_version()} ({platform.platform()})"]
+    for name in VERSIONED:
+        try:
+            lines.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            lines.append(f"{name} not installed")
+    return "\n".join(lines)
 
 
 def _unknown_command(word: str) -> str:

@@ -4,6 +4,8 @@ A file gets its name when it is complete. What proves that a file is ours stands
 `.vir_hf` in a folder we write into lists every file with its size and SHA-256, so that one changed since is not ours any more.
 """
 
+# Over 400 lines: every way of writing or removing a file, so that a test can say that there is no other.
+
 from __future__ import annotations
 
 import contextlib
@@ -108,6 +110,18 @@ def cut_to(path: _Place, num_bytes: int) -> None:
     """Leave only the first `num_bytes` of a file: what a killed process has half written behind them goes."""
     with open(path, "r+b") as file:
         file.truncate(num_bytes)
+
+
+def claim(folder: _Place, text: str) -> bool:
+    """Return whether this process is the first to say something, of all that share a folder of signs."""
+    sign = Path(folder) / f"said-{hashlib.sha256(text.encode('utf-8', 'replace')).hexdigest()[:16]}"
+    try:
+        with open(sign, "x", encoding="utf-8"):
+            return True
+    except FileExistsError:
+        return False
+    except OSError:  # no such folder: nobody to share with
+        return True
 
 
 def discard(path: _Place) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vir_hf import console
 from vir_hf.recipe.load import Recipe, RecipeArgumentParser, recipe_from
 from vir_hf.recipe.requirements import check_requirements
 from vir_hf.recipe.rules import SELF_CONTAINED
@@ -48,10 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = list_checkpoints(Path(recipe.training.output_dir))
         return say_stopped(stopped, recipe.training.output_dir, str(found[0].path) if found else None)
     except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
+        console.print_error(f"error: {error}", 1)
         return 1
     if os.environ.get("RANK", "0") == "0":
-        print(closing_words(metrics, recipe.training.output_dir))
+        console.conclude(closing_words(metrics, recipe.training.output_dir))
     _leave_process_group()
     return 0
 
@@ -83,7 +84,7 @@ def closing_words(metrics: dict, output_dir: str) -> str:
         "" if first is None else f"loss {first:.4f} -> {final:.4f}, "
     )  # none where a run is shorter than logging_steps
     return (
-        f"\ndone: {metrics['num_steps']} steps, {loss}{metrics['seconds']} s. In {output_dir}: model, processor, "
+        f"\ndone: {metrics['num_steps']} steps, {loss}{console.duration(metrics['seconds'])}. In {output_dir}: model, processor, "
         "recipe.yaml, metrics.json\n"
         f"next:\n  vir-hf chat {run} --image {shlex.quote(str(picture))}\n  vir-hf evaluate {run} --data HELDOUT.json\n"
         f"  vir-hf push {run} you/your-model --dry-run"

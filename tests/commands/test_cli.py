@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -90,7 +92,8 @@ def test_an_unknown_command_is_answered_with_the_nearest(
 
 def test_help_lists_exactly_the_commands_that_are_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--help"]) == 0
-    listed = {line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")}
+    lines = capsys.readouterr().out.splitlines()
+    listed = {line.split()[0] for line in lines if line.startswith("  ") and not line.startswith("  --")}
     present = {
         word
         for word, command in COMMANDS.items()
@@ -121,7 +124,10 @@ def test_no_command_at_all_is_a_wrong_call_with_the_help(capsys: pytest.CaptureF
 
 def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--version"]) == 0
-    assert capsys.readouterr().out == f"vir-hf {__version__}\n"
+    first, _, *libraries = capsys.readouterr().out.splitlines()
+    assert first == f"vir-hf {__version__}"
+    assert [line.split()[0] for line in libraries] == list(cli.VERSIONED)
+    assert f"transformers {metadata.version('transformers')}" in libraries
 
 
 @pytest.mark.parametrize(
@@ -148,6 +154,24 @@ def test_an_error_while_a_command_is_loaded_is_answered_too(capsys: pytest.Captu
 @pytest.mark.parametrize(("code", "expected"), [(None, 0), (0, 0), (2, 2), ("message", 2)])
 def test_the_exit_code_of_argparse_is_kept(code: object, expected: int) -> None:
     assert cli.run(lambda: _raiser(SystemExit(code)), []) == expected
+
+
+def test_the_exit_codes_that_are_documented_are_those_of_the_code() -> None:
+    from vir_hf.training import signals
+
+    assert signals.STOPPED == cli.STOPPED and signals.LEFT_AT_ONCE == cli.INTERRUPTED
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    shown = {int(code) for code in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)}
+    assert shown == set(cli.EXIT_CODES)
+
+
+def test_every_command_takes_the_options_of_all_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["recipes", "--help"]) == 0
+    assert "--log-level LEVEL" in capsys.readouterr().out
+    assert cli.main(["recipes", "--log-level=debug", "--quiet"]) == 0
+    assert "quickstart" in capsys.readouterr().out
+    assert cli.main(["recipes", "--log-level", "loud"]) == 2
+    assert capsys.readouterr().err == "error: --log-level loud: expected one of debug, info, warning, error.\n"
 
 
 def _raiser(error: BaseException):  # type: ignore[no-untyped-def]

@@ -36,7 +36,7 @@ def test_two_processes_train_as_one(tmp_path: Path, parts: Path) -> None:
     assert done.returncode == 0, done.stdout[-4000:]
     lines = done.stdout.splitlines()
     first = next(number for number, line in enumerate(lines) if line.startswith("engine: "))
-    assert lines[first] == "engine: DDP · 2 ranks on 1 node · cpu · global batch 4 rows a step"
+    assert lines[first] == "engine: DDP · 2 ranks on 1 node · cpu · global batch 4 rows per step"
     assert not any("loss" in line for line in lines[:first]), "the line comes before the first step"
     assert done.stdout.count("done: 3 steps") == 1, "one rank speaks"
     import tiny_training

@@ -16,7 +16,7 @@ def test_sixteen_ranks_parse_the_data_once(parts: Path, tmp_path: Path) -> None:
     words = [sys.executable, str(script), str(parts), str(tmp_path / "out"), "16", str(launches.free_port())]
     done = launches.run(words, timeout_seconds=280, HF_DATASETS_CACHE=str(tmp_path / "cache"))
     assert done.returncode == 0, done.stdout[-6000:]
-    assert "engine: DDP · 16 ranks on 1 node · cpu · global batch 16 rows a step" in done.stdout
+    assert "engine: DDP · 16 ranks on 1 node · cpu · global batch 16 rows per step" in done.stdout
     notes = [json.loads((tmp_path / "out" / f"opened-{rank}.json").read_text()) for rank in range(16)]
     readers = [rank for rank, note in enumerate(notes) if note["data_file"]]
     assert len(readers) == 1, f"ranks {readers} opened the data file"

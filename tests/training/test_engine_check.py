@@ -132,4 +132,4 @@ def test_engines_are_read_off_the_accelerator() -> None:
 
 def test_the_first_line_states_engine_ranks_nodes_and_global_batch() -> None:
     line = engine_check.first_line(Engine("zero2", 16, 2), 128, "cuda")
-    assert line == "engine: ZeRO-2 · 16 ranks on 2 nodes · cuda · global batch 128 rows a step"
+    assert line == "engine: ZeRO-2 · 16 ranks on 2 nodes · cuda · global batch 128 rows per step"

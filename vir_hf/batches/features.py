@@ -7,6 +7,8 @@ index: a run killed in the middle loses at most the picture it was writing. A li
 disk has lost or damaged is computed again, and no other.
 """
 
+# Over 400 lines: writing and reading share the shard format, which is easier to trust in one place.
+
 from __future__ import annotations
 
 import hashlib
@@ -26,9 +28,9 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
 
 from vir_hf import files
+from vir_hf.console import Progress
 from vir_hf.data.cache import flat_batches
 from vir_hf.errors import DataError, RecipeError
 from vir_hf.images.identity import Folders, file_stamp, picture_identities, picture_identity
@@ -464,10 +466,9 @@ def cache_for_training(
     if place != device:
         model.vision_tower.to(device)
     rank, num_replicas = (state.process_index, state.num_processes) if hasattr(rows, "__len__") else (0, 1)
-    bar = tqdm(total=len(range(rank, len(sources), num_replicas)), unit="picture", desc="caching features")
-    for added in fill_cache(cache, model, processor, sources, rank=rank, num_replicas=num_replicas, verify=verify):
-        bar.update(added)
-    bar.close()
+    with Progress(len(range(rank, len(sources), num_replicas)), "caching features", "image") as progress:
+        for added in fill_cache(cache, model, processor, sources, rank=rank, num_replicas=num_replicas, verify=verify):
+            progress.update(added)
     if place != device:
         model.vision_tower.to(place)
     state.wait_for_everyone()

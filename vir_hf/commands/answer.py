@@ -1,4 +1,4 @@
-"""`vir-hf answer`: one question about pictures, or a file of them."""
+"""`vir-hf answer`: one question about images, or a file of them."""
 
 from __future__ import annotations
 
@@ -38,12 +38,10 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("model", help="a run's folder, a checkpoint, an adapter or a Hub id")
     parser.add_argument("question", nargs="?", help="the question")
-    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; repeat for several")
+    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="an image; repeat for several")
     parser.add_argument("--input", metavar="ROWS", help="a .jsonl or .json file of questions")
     parser.add_argument("--output", metavar="FILE", help='where to write the answers, one {"id", "answer"} a line')
-    parser.add_argument(
-        "--image-folder", metavar="DIR", help="where the rows' pictures lie; beside the rows by default"
-    )
+    parser.add_argument("--image-folder", metavar="DIR", help="where the rows' images lie; beside the rows by default")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="questions computed together (8)")
     parser.add_argument(
         "--boxes",
@@ -113,7 +111,7 @@ def load_answerer(arguments: argparse.Namespace) -> Answerer:
 
 
 def check_pictures(paths: Iterable[str]) -> None:
-    """Open every picture, so that a wrong name is answered before a model is loaded.
+    """Open every image, so that a wrong name is answered before a model is loaded.
 
     Raises:
         DataError: the first that cannot be opened.
@@ -158,8 +156,7 @@ def _change_of_boxes(arguments: argparse.Namespace) -> BoxChange | None:
 
 
 def _answer_file(arguments: argparse.Namespace) -> int:
-    from tqdm.auto import tqdm
-
+    from vir_hf.console import Progress
     from vir_hf.images.folder import ImageFolder
     from vir_hf.using.questions import answered_ids, read_questions
 
@@ -178,19 +175,19 @@ def _answer_file(arguments: argparse.Namespace) -> int:
     if pending:
         folder = ImageFolder(arguments.image_folder or str(Path(arguments.input).resolve().parent))  # listed once
         answerer = load_answerer(arguments)
-        bar = tqdm(total=len(rows), initial=len(rows) - len(pending), unit="row", dynamic_ncols=True)
-        with bar, files.appending(output) as file:
+        progress = Progress(len(rows), "answering", "row", initial=len(rows) - len(pending))
+        with progress, files.appending(output) as file:
             for batch in _batches(pending, arguments.batch_size):
                 prompts, failures = _encode(answerer, batch, folder, arguments.system)
                 for failure in failures:
-                    bar.write(failure, file=sys.stderr)
+                    progress.report(failure)
                 num_failed += len(failures)
                 texts = answerer.answer_prompts([prompt for _, prompt in prompts], **options) if prompts else []
                 for (row, _), text in zip(prompts, texts, strict=True):
                     text = text if change is None else _changed(text, row, folder, change)
                     file.write(json.dumps({"id": row["id"], "answer": text}, ensure_ascii=False) + "\n")
                 file.flush()
-                bar.update(len(batch))
+                progress.update(len(batch))
     print(f"{len(rows) - num_failed} of {len(rows)} answered, in {output}", file=sys.stderr)
     if num_failed:
         print(f"{num_failed} could not be; mend them and run the same command again", file=sys.stderr)

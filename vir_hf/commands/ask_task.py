@@ -174,9 +174,9 @@ def measure_loss(arguments: argparse.Namespace) -> Scored:
 
 
 def _bar(total: int) -> Any:
-    from tqdm.auto import tqdm
+    from vir_hf.console import Progress
 
-    return tqdm(total=total, unit="question", dynamic_ncols=True)
+    return Progress(total, "asking", "question")
 
 
 def write_card_scores(scored: Scored, run: Path) -> None:

@@ -1,4 +1,4 @@
-"""`vir-hf data cache-features`: encode every picture of a recipe's data once, ahead of training."""
+"""`vir-hf data cache-features`: encode every image of a recipe's data once, ahead of training."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Fill the recipe's feature cache; what is there already and whole is kept. Returns 0."""
     parser = RecipeArgumentParser(
         prog="vir-hf data cache-features",
-        description="Run the recipe's frozen vision tower over every picture once and keep its features on disk. Training "
-        "with training.feature_cache=FOLDER then opens no picture. A run cut short goes on where it stopped, and damaged "
+        description="Run the recipe's frozen vision tower over every image once and keep its features on disk. Training "
+        "with training.feature_cache=FOLDER then opens no image. A run cut short goes on where it stopped, and damaged "
         "entries are made anew.",
     )
     add_json(parser, "the figures")
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "bytes": len(cache) * cache.bytes_per_image,
     }
     if options.json != "-":
-        print(f"{len(cache)} pictures, {figures['bytes'] / 1e9:.3f} GB in {cache.folder}")
+        print(f"{len(cache)} images, {figures['bytes'] / 1e9:.3f} GB in {cache.folder}")
         print(f"next: vir-hf train ... training.feature_cache={cache.folder}")
     write_json(options.json, figures)
     return 0

@@ -1,4 +1,4 @@
-"""`vir-hf chat`: talk to a model about pictures in the terminal."""
+"""`vir-hf chat`: talk to a model about images in the terminal."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from vir_hf.inference import Answerer
 
 HELP = """\
-/image FILE ...   show pictures with the next question
+/image FILE ...   show images with the next question
 /system TEXT      set the system prompt, and begin anew; without TEXT: the template's own
-/reset            forget the conversation and its pictures
+/reset            forget the conversation and its images
 /help             this list
 /quit             leave (or Ctrl-D)
 Ctrl-C stops an answer."""
@@ -31,10 +31,10 @@ Ctrl-C stops an answer."""
 
 def main(argv: list[str]) -> int:
     """Hold the conversation until `/quit` or the end of the input; return the exit code."""
-    parser = argparse.ArgumentParser(prog="vir-hf chat", description="Talk to a model about pictures.")
+    parser = argparse.ArgumentParser(prog="vir-hf chat", description="Talk to a model about images.")
     parser.add_argument("model", help="a run's folder, a checkpoint, an adapter or a Hub id")
     parser.add_argument(
-        "--image", action="append", default=[], metavar="FILE", help="a picture to begin with; repeatable"
+        "--image", action="append", default=[], metavar="FILE", help="an image to begin with; repeatable"
     )
     add_model_arguments(parser)
     add_generation_arguments(parser)
@@ -70,7 +70,7 @@ def _read_line() -> str | None:
 
 @dataclass
 class Chat:
-    """A conversation: what was said so far, and the pictures waiting for the next question."""
+    """A conversation: what was said so far, and the images waiting for the next question."""
 
     answerer: Answerer
     options: dict[str, Any]
@@ -110,7 +110,7 @@ class Chat:
             print(f"error: {error}")
             return
         self.pictures += paths
-        print(f"with the next question: {', '.join(self.pictures)}" if paths else "which picture? /image FILE")
+        print(f"with the next question: {', '.join(self.pictures)}" if paths else "which image? /image FILE")
 
     def _ask(self, question: str) -> None:
         pieces: list[str] = []

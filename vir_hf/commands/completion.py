@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from vir_hf.console import LEVELS
 from vir_hf.errors import DataError, RecipeError
 
 FILES = "*files*"  # printed alone: the shell completes file names itself, quotes and ~ included
@@ -132,7 +133,7 @@ def complete(words: Sequence[str]) -> Iterable[str]:
     Args:
         words: the command line from `vir-hf` to the cursor; the last one may be empty.
     """
-    from vir_hf.cli import COMMANDS
+    from vir_hf.cli import COMMANDS, OUTPUT_OPTIONS
 
     if len(words) <= 2:
         listed = [f"{name}\t{command.help}" for name, command in COMMANDS.items()]
@@ -149,7 +150,12 @@ def complete(words: Sequence[str]) -> Iterable[str]:
         if before[0] not in WORDS:
             return []
     parser = _parser_of(command.load(), before[:1] if words[1] == "data" else [])
-    return [] if parser is None else _complete_arguments(parser, before, word)
+    if parser is None:
+        return []
+    if words[1] != "completion":
+        parser.add_argument("--quiet", action="store_true", help=OUTPUT_OPTIONS["--quiet"])
+        parser.add_argument("--log-level", choices=LEVELS, help=OUTPUT_OPTIONS["--log-level LEVEL"])
+    return _complete_arguments(parser, before, word)
 
 
 class _Built(Exception):

@@ -9,11 +9,11 @@ from vir_hf.errors import RecipeError
 
 WORDS = {
     "check": ("vir_hf.commands.data_check", "what is wrong with a data set, by row and reason"),
-    "inspect": ("vir_hf.commands.data_inspect", "rows as the model will see them: tokens, labels, pictures"),
+    "inspect": ("vir_hf.commands.data_inspect", "rows as the model will see them: tokens, labels, images"),
     "mix": ("vir_hf.commands.data_mix", "what a mixture comes to: rows, images and tokens by source"),
     "new": ("vir_hf.commands.data_new", "rows from a table, folders of classes, or images with texts"),
     "prepare": ("vir_hf.commands.data_prepare", "a subset with its images copied, linked or downloaded"),
-    "cache-features": ("vir_hf.commands.cache_features", "encode every picture once, ahead of training"),
+    "cache-features": ("vir_hf.commands.cache_features", "encode every image once, ahead of training"),
     "download-models": ("vir_hf.commands.data_models", "fetch the weights and processors a recipe needs"),
 }
 

@@ -95,7 +95,7 @@ def _add_contamination(report: CheckReport, target: dict[str, Any], arguments: a
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = RecipeArgumentParser(
         prog="vir-hf data check",
-        description="Find what is wrong with LLaVA data: rows, placeholders, answers, lengths, pictures.",
+        description="Find what is wrong with LLaVA data: rows, placeholders, answers, lengths, images.",
         epilog=_EPILOG,
         takes_path=True,
     )
@@ -104,10 +104,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--tokenizer", metavar="NAME", help="count tokens with this tokenizer: a folder or Hub id")
     parser.add_argument("--template", default="vicuna_v1", help="the template the rows are trained with (vicuna_v1)")
-    parser.add_argument("--image-tokens", type=int, default=576, metavar="N", help="tokens a picture takes (576)")
+    parser.add_argument("--image-tokens", type=int, default=576, metavar="N", help="tokens an image takes (576)")
     parser.add_argument("--max-length", type=int, metavar="N", help="report rows of more tokens than this")
     parser.add_argument("--batch-size", type=int, metavar="N", help="for the share of padding (16, or the recipe's)")
-    parser.add_argument("--decode", action="store_true", help="decode every picture, instead of its header and end")
+    parser.add_argument("--decode", action="store_true", help="decode every image, instead of its header and end")
     parser.add_argument("--allow-urls", action="store_true", help="do not report images that are URLs")
     parser.add_argument(
         "--ignore", action="append", default=[], metavar="KIND", help="do not report this kind; repeatable"
@@ -190,7 +190,7 @@ def _target(arguments: argparse.Namespace) -> dict[str, Any]:
 
 @contextmanager
 def _progress_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """Show how far rows and pictures are, on stderr and only to a person."""
+    """Show how far rows and images are, on stderr and only to a person."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:

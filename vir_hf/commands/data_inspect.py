@@ -26,12 +26,12 @@ examples:
   vir-hf data inspect train.json --image-folder images --tokenizer lmsys/vicuna-7b-v1.5 --rows 0-4,17
   vir-hf data inspect experiment=local_lite data.data_path=train.json --random 8 --html rows.html
 
-Learned tokens are green and stand between \u00ab and \u00bb; a picture's tokens are folded to <image x576>.
+Learned tokens are green and stand between \u00ab and \u00bb; an image's tokens are folded to <image x576>.
 """
 
 
 def main(argv: list[str]) -> int:
-    """Show rows; return 0, or 1 when one of them, or a picture of one, cannot be trained on."""
+    """Show rows; return 0, or 1 when one of them, or an image of one, cannot be trained on."""
     arguments = _parse(argv)
     processor, rows, max_length, lead, left_out, boxes = _open(arguments)
     from vir_hf.curation.inspection import as_page, as_terminal_text, inspect_row
@@ -77,7 +77,7 @@ def _name(image: Any) -> str:
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = RecipeArgumentParser(
         prog="vir-hf data inspect",
-        description="Show rows as the model will see them: tokens, what is learned, and the picture the tower gets.",
+        description="Show rows as the model will see them: tokens, what is learned, and the image the tower gets.",
         epilog=_EPILOG,
         takes_path=True,
     )
@@ -92,7 +92,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--template", help="the template (vicuna_v1 with --tokenizer, else the recipe's or processor's)"
     )
     parser.add_argument(
-        "--image-tokens", type=int, default=576, metavar="N", help="with --tokenizer: tokens a picture takes"
+        "--image-tokens", type=int, default=576, metavar="N", help="with --tokenizer: tokens an image takes"
     )
     parser.add_argument("--max-length", type=int, metavar="N", help="cut rows as training would")
     which = parser.add_mutually_exclusive_group()
@@ -101,7 +101,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     which.add_argument("--id", metavar="ID", help="the rows with this id")
     parser.add_argument("--seed", type=int, default=0, help="for --random")
     parser.add_argument("--ids", action="store_true", help="show the number of every token")
-    parser.add_argument("--html", metavar="FILE", help="write one HTML page with the pictures as the tower sees them")
+    parser.add_argument("--html", metavar="FILE", help="write one HTML page with the images as the tower sees them")
     add_reading(parser, with_boxes=True)
     add_json(parser, "the rows")
     add_overwrite(parser)

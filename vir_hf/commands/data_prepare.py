@@ -1,4 +1,4 @@
-"""`vir-hf data prepare`: a subset of LLaVA data with its pictures."""
+"""`vir-hf data prepare`: a subset of LLaVA data with its images."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ examples:
 Writes DIR/rows.json, DIR/images/ and DIR/failed.json. Run again, it fetches only what is missing. Then:
   vir-hf train experiment=local_lite data.data_path=DIR/rows.json data.image_folder=DIR/images
 
-exit code: 0 complete, 1 some pictures could not be had, 2 the data cannot be read or the call is wrong.
+exit code: 0 complete, 1 some images could not be had, 2 the data cannot be read or the call is wrong.
 """
 
 
@@ -84,7 +84,7 @@ def main(argv: list[str]) -> int:
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="vir-hf data prepare",
-        description="Take a subset of LLaVA data and gather its pictures, each verified by decoding it.",
+        description="Take a subset of LLaVA data and gather its images, each verified by decoding it.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -93,10 +93,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--num-rows", type=int, metavar="N", help="draw so many rows (all)")
     parser.add_argument("--seed", type=int, default=0, help="for --num-rows (0)")
     parser.add_argument("--match", metavar="TEXT", help="only rows whose image path contains this, such as coco/")
-    parser.add_argument("--image-folder", metavar="DIR", help="where the pictures are: a folder, .zip or .tar")
+    parser.add_argument("--image-folder", metavar="DIR", help="where the images are: a folder, .zip or .tar")
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--link", action="store_true", help="hard-link the pictures instead of copying them")
-    how.add_argument("--download", action="store_true", help="download the pictures, COCO's by default")
+    how.add_argument("--link", action="store_true", help="hard-link the images instead of copying them")
+    how.add_argument("--download", action="store_true", help="download the images, COCO's by default")
     parser.add_argument("--base-url", metavar="URL", help="download from URL/reference instead of COCO's servers")
     parser.add_argument("--num-workers", type=int, default=16, metavar="N", help="at the same time (16)")
     parser.add_argument(

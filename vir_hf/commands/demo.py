@@ -16,7 +16,7 @@ from vir_hf.recipe.files import packaged_directory
 def main(argv: list[str]) -> int:
     """Serve the demo until Ctrl-C; return the exit code."""
     parser = argparse.ArgumentParser(
-        prog="vir-hf demo", description="Talk to a model about pictures in a browser. Serves this machine alone."
+        prog="vir-hf demo", description="Talk to a model about images in a browser. Serves this machine alone."
     )
     parser.add_argument("model", help="a run's folder, a checkpoint, an adapter or a Hub id")
     parser.add_argument("--base", metavar="MODEL", help="a second model, to see both answers side by side")

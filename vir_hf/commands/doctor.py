@@ -10,6 +10,7 @@ from importlib import metadata, util
 from typing import Any
 
 from vir_hf import __version__
+from vir_hf.commands.installation import look
 from vir_hf.commands.outputs import add_json, add_overwrite, recipe_inputs, refuse_outputs, write_json
 from vir_hf.recipe.load import RecipeArgumentParser, recipe_from
 
@@ -30,13 +31,13 @@ _PACKAGES = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Return 0 if everything looked at is well, 1 if batches differ from single rows."""
+    """Return 0 if training can run here, 1 if it cannot or if batches differ from single rows."""
     parser = RecipeArgumentParser(
         prog="vir-hf doctor",
-        description="Show what this machine has. With a CHECKPOINT also say what it is, which tools open it as it stands and "
-        "which export makes the others do so. With a recipe (experiment=NAME data.data_path=...) also prove, on its model, "
-        "processor and rows in fp32, that padding-free batches with shared prefixes have the loss and the gradients of the "
-        "rows one at a time.",
+        description="Check this installation: versions, the torch build against the GPU, optional packages, disk, Hub login, "
+        "and say what to install. With a CHECKPOINT, say what it is, which tools open it as it stands, and which export makes "
+        "the others do so. With a recipe (experiment=NAME data.data_path=...), prove in addition that padding-free batches "
+        "with shared prefixes have the loss and gradients of single rows, on its model, processor and rows in fp32.",
     )
     parser.add_argument("--rows", type=int, default=8, help="rows to compare (default 8)")
     add_json(parser, "the findings")
@@ -49,13 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         recipe = recipe_from(options)
     inputs = [] if recipe is None else recipe_inputs(recipe, options.recipe)
     refuse_outputs([("--json", options.json)], inputs, overwrite=options.overwrite)
-    findings: dict[str, Any] = {"machine": machine()}
+    checks = look()
+    findings: dict[str, Any] = {"machine": machine(), "checks": [dataclasses.asdict(finding) for finding in checks]}
     if recipe is not None:
         findings["comparisons"] = prove(recipe, options.rows)
     if options.json != "-":
         show(findings)
     write_json(options.json, findings)
-    return 0 if all(entry["is_exact"] for entry in findings.get("comparisons", [])) else 1
+    can_train = all(finding.state != "wrong" for finding in checks)
+    return 0 if can_train and all(entry["is_exact"] for entry in findings.get("comparisons", [])) else 1
 
 
 def look_at(checkpoint: str, options: Any) -> int:
@@ -133,13 +136,19 @@ def prove(recipe: Any, num_rows: int) -> list[dict[str, Any]]:
 def show(findings: dict[str, Any]) -> None:
     """Print the findings as tables."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=160)
     table = Table("this machine", "", title=None)
     for name, value in findings["machine"].items():
         table.add_row(name, "not installed" if value is None else str(value))
     console.print(table)
+    checks = Table("checked", "", "found", "what to do")
+    marks = {"ok": "ok", "missing": "optional", "wrong": "[bold red]WRONG[/]"}
+    for check in findings["checks"]:
+        checks.add_row(check["name"], marks[check["state"]], escape(check["found"]), escape(check["remedy"]))
+    console.print(checks)
     if "comparisons" in findings:
         proof = Table("batches", "loss", "loss differs by", "gradients differ by", "tokens", "exact")
         for entry in findings["comparisons"]:

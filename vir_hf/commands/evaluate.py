@@ -97,9 +97,9 @@ def _main(argv: list[str]) -> int:
 
 
 def _evaluate(run: Path, arguments: argparse.Namespace) -> int:
-    from tqdm.auto import tqdm
     from transformers.utils import logging
 
+    from vir_hf.console import Progress
     from vir_hf.inference import Answerer
     from vir_hf.scores.matching import NORMALISATION
     from vir_hf.using import evaluation
@@ -119,9 +119,9 @@ def _evaluate(run: Path, arguments: argparse.Namespace) -> int:
     name = (arguments.name or data.stem) + (" (trained on)" if was_trained_on else "")
 
     def ask(answerer: Answerer, cases: list[Case], what: str, **how: Any) -> list[str]:
-        with tqdm(total=len(cases), desc=what, unit="row", dynamic_ncols=True) as bar:
+        with Progress(len(cases), what, "row") as progress:
             return evaluation.answer_cases(
-                answerer, cases, batch_size=arguments.batch_size, progress=bar.update, **how, **options
+                answerer, cases, batch_size=arguments.batch_size, progress=progress.update, **how, **options
             )
 
     answerer = Answerer.load(str(run), device=arguments.device)

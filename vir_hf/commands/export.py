@@ -35,6 +35,11 @@ def main(argv: list[str]) -> int:
         help="gguf: let llama.cpp make an image a square in its own way, for images that are squares already",
     )
     parser.add_argument(
+        "--accept-class-token",
+        action="store_true",
+        help="gguf: write a CLIP tower, for a llama.cpp that has the fix of its issue 25814",
+    )
+    parser.add_argument(
         "--images", nargs="+", default=[], metavar="FILE", help="ask about these; drawn ones by default"
     )
     parser.add_argument(

@@ -7,8 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 
+from vir_hf import console
 from vir_hf.recipe.load import RecipeArgumentParser, recipe_from
 from vir_hf.recipe.requirements import check_requirements
 
@@ -55,9 +57,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{launch.reason}\n{launch}", flush=True)
     if options.dry_run:
         return 0
-    process = subprocess.Popen(launch.words, env={**os.environ, **launch.environment})
-    with _passed_on(process):
-        return process.wait()
+    with tempfile.TemporaryDirectory(prefix="vir_hf_launch_") as left:
+        environment = {**os.environ, **launch.environment, console.ERRORS_VARIABLE: left}
+        process = subprocess.Popen(launch.words, env=environment)
+        with _passed_on(process):
+            code = process.wait()
+        errors = console.collected_errors(left)
+    for message, _ in errors:  # behind what the launchers say of processes that have failed
+        console.print_error(message, code)
+    return errors[0][1] if errors and code else code
 
 
 @contextlib.contextmanager

@@ -61,7 +61,7 @@ def refuse_outputs(
 
 
 def data_inputs(path: str, image_folder: str | None = None) -> list[str]:
-    """Return what is read of a data set: its files of rows, and the folder of pictures if one was named."""
+    """Return what is read of a data set: its files of rows, and the folder of images if one was named."""
     from vir_hf.rows.files import find_data_files
 
     found = [path]

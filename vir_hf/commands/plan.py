@@ -150,13 +150,13 @@ def _memory_table(made: Plan) -> Table:
 def _batch_line(made: Plan) -> str:
     batch = made.batch
     largest = (
-        f"at most {made.largest_micro_batch} rows a micro-batch fit"
+        f"at most {made.largest_micro_batch} rows per micro-batch fit"
         if made.largest_micro_batch
         else "not even one row fits"
     )
     return (
         f"A micro-batch of {_counted(batch.rows, 'row')} holds up to {batch.tokens:,} tokens and "
-        f"{_counted(batch.images, 'picture')}; {largest}. "
+        f"{_counted(batch.images, 'image')}; {largest}. "
         f"A step: {_counted(made.rows_per_step, 'row')}, {_counted(batch.num_micro_batches, 'micro-batch')} a rank."
     )
 
@@ -194,7 +194,7 @@ def _layout_table(made: Plan) -> Table:
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("accelerate config", no_wrap=True)
-    for column in ("GiB a rank", "fits", "GiB on the host", "GB sent a step", "time to send"):
+    for column in ("GiB per rank", "fits", "GiB on the host", "GB sent a step", "time to send"):
         table.add_column(column, justify="right", no_wrap=True)
     for layout in made.layouts:
         if layout.required is None:

@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
         "--license", metavar="ID", help="the model's licence, as the Hub writes it: apache-2.0, llama2 ..."
     )
     parser.add_argument(
-        "--include-samples", metavar="LICENCE", help="publish the run's sample pictures too, naming their licence"
+        "--include-samples", metavar="LICENCE", help="publish the run's sample images too, naming their licence"
     )
     parser.add_argument("--update", action="store_true", help="replace what the repository holds, whatever it is")
     parser.add_argument("--dry-run", action="store_true", help="write the folder and open no connection")

@@ -4,6 +4,8 @@ Rows are read in parts, each part in one process; pictures are looked at once ho
 `error` when training would refuse the row, and a `warning` when it would take it in a way its owner may not intend.
 """
 
+# Over 400 lines: one pass over the data finds every kind of problem; the kinds with rules of their own lie beside it.
+
 from __future__ import annotations
 
 import collections

@@ -97,7 +97,7 @@ def _plain(request: Request, staging: Path, exported: Exported) -> None:
         if version is None:
             exported.notes.append("vLLM is not installed here: what it needs was checked, vLLM itself was not asked")
         else:
-            more = {"context": max(map(len, expected.input_ids)) + 64, "question": QUESTION}
+            more: dict[str, Any] = {"context": max(map(len, expected.input_ids)) + 64, "question": QUESTION}
             exported.proofs.append(prove(staging, "vllm", expected, _limit(plain), reader=f"vLLM {version}", **more))
 
 

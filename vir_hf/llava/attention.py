@@ -8,6 +8,8 @@ layers receive `segment_mask_sentinel()`, an empty 4-D tensor: any attention fun
 fails on its shape instead of letting tokens of different rows see each other.
 """
 
+# Over 400 lines: it is copied whole to the Hub, beside the model, which may import its siblings alone.
+
 from __future__ import annotations
 
 import importlib.util

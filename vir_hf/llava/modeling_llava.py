@@ -6,6 +6,8 @@ Both extend transformers' own classes, so weights, generation and attention back
 the selected one, each distinct picture once, packed rows of segments, and hidden states at supervised positions only.
 """
 
+# Over 400 lines: it is copied whole to the Hub, and follows the order of transformers' own modelling files.
+
 from __future__ import annotations
 
 import copy
@@ -437,6 +439,19 @@ class LlavaModel(NativeLlavaModel):
         return any(hasattr(parameter, "ds_id") or hasattr(parameter, "placements") for parameter in parts)
 
 
+def new_projector(config: LlavaConfig) -> nn.Module:
+    """Return the projector of a config with new weights: as small as the language model's own at its start, biases zero."""
+    projector = build_projector(config, config.projector_type)
+    for module in projector.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=config.text_config.initializer_range)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    if isinstance(projector, MlpProjector):  # a block's patches are that many more inputs: the output stays as large
+        projector.get_parameter("linear_1.weight").data /= config.pixel_shuffle
+    return projector
+
+
 class LlavaForCausalLM(LlavaForConditionalGeneration):
     """A LLaVA model with its language-model head.
 
@@ -526,16 +541,7 @@ class LlavaForCausalLM(LlavaForConditionalGeneration):
         model.model.language_model = language_model.base_model
         model.lm_head = language_model.get_output_embeddings()
         model.model.vision_tower = vision_tower
-        projector = build_projector(config, projector_type)
-        for module in projector.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=config.text_config.initializer_range)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        if isinstance(
-            projector, MlpProjector
-        ):  # a block's patches are that many more inputs: the output stays as large
-            projector.get_parameter("linear_1.weight").data /= pixel_shuffle
+        projector = new_projector(config)
         model.model.multi_modal_projector = projector.to(device=embeddings.weight.device, dtype=dtype)
         model.tie_weights()
         generation_config = copy.deepcopy(language_model.generation_config)

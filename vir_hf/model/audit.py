@@ -102,7 +102,7 @@ def audit_as_dict(lines: list[ModuleGroup], precision: str) -> dict[str, Any]:
     }
 
 
-def print_audit(lines: list[ModuleGroup], precision: str, console: Console | None = None) -> None:
+def print_audit(lines: list[ModuleGroup], precision: str, console: Console) -> None:
     """Print the audit as a table."""
     table = Table(
         title="What is loaded and what learns",
@@ -130,4 +130,4 @@ def print_audit(lines: list[ModuleGroup], precision: str, console: Console | Non
     everything = sum(line.num_parameters for line in lines)
     mebibytes = sum(line.num_bytes for line in lines) / 2**20
     table.add_row("", "", "all", f"{everything:,}", f"{mebibytes:,.1f}", f"{total:,}", "")
-    (console or Console()).print(table)
+    console.print(table)

@@ -69,14 +69,9 @@ def build(
     else:
         text_config = language_model.config
     judge_language_model(text_config, shown_part(language_model))
-    if tokenizer is None or isinstance(tokenizer, str):
-        # A revision is one of the language model's repository, in which its own tokenizer lies, too.
-        options = of_code(loading_kwargs) if tokenizer in (None, language_model) else {}
-        tokenizer = load_tokenizer(tokenizer or name_of(language_model, "tokenizer"), **options)
-    if image_processor is None or isinstance(image_processor, str):
-        image_processor = load_part(
-            AutoImageProcessor, image_processor or name_of(vision_tower, "image_processor"), "model.vision_tower"
-        )
+    tokenizer, image_processor = _load_readers(
+        language_model, vision_tower, tokenizer, image_processor, of_code(loading_kwargs)
+    )
     quantization = loading_kwargs.pop("quantization_config", None)
     if isinstance(language_model, str):
         if quantization is not None:
@@ -126,6 +121,25 @@ def build(
         adopt_quantization(model, language_model, quantization)
     agree_on_tokens(model, processor)
     return model, processor
+
+
+def _load_readers(
+    language_model: str | PreTrainedModel,
+    vision_tower: str | PreTrainedModel,
+    tokenizer: str | PreTrainedTokenizerBase | None,
+    image_processor: str | BaseImageProcessor | None,
+    of_repository: dict[str, Any],
+) -> tuple[PreTrainedTokenizerBase, BaseImageProcessor]:
+    """Return tokenizer and image processor, where none is given those of the parts."""
+    if tokenizer is None or isinstance(tokenizer, str):
+        # A revision is one of the language model's repository, in which its own tokenizer lies, too.
+        options = of_repository if tokenizer in (None, language_model) else {}
+        tokenizer = load_tokenizer(tokenizer or name_of(language_model, "tokenizer"), **options)
+    if image_processor is None or isinstance(image_processor, str):
+        image_processor = load_part(
+            AutoImageProcessor, image_processor or name_of(vision_tower, "image_processor"), "model.vision_tower"
+        )
+    return tokenizer, image_processor
 
 
 def agree_on_tokens(model: LlavaForCausalLM, processor: LlavaProcessor) -> None:

@@ -4,6 +4,8 @@ No family is known by name. A language model of the same class and the same sett
 joined, saved, opened with transformers' own LLaVA class and compared with itself; what differs is said, and refused.
 """
 
+# Over 400 lines: judging a family and making a small one of it follow the same list of sizes.
+
 from __future__ import annotations
 
 import contextlib
@@ -355,13 +357,18 @@ def smaller_config(config: PreTrainedConfig) -> PreTrainedConfig:
         if isinstance(fields.get(key), list):
             changes[key] = 0
     fields.update(changes)
-    if isinstance(fields.get("mamba_n_heads"), int) and isinstance(fields.get("mamba_d_head"), int):
-        fields["mamba_n_heads"] = fields["mamba_expand"] * fields[names["hidden_size"]] // fields["mamba_d_head"]
-        if "mamba_d_ssm" in fields:
-            fields["mamba_d_ssm"] = fields["mamba_n_heads"] * fields["mamba_d_head"]
+    _agree_on_mamba(fields, names["hidden_size"])
     for key in ("dtype", "torch_dtype", "quantization_config", "auto_map", "_attn_implementation"):
         fields.pop(key, None)
     return type(config).from_dict(fields)
+
+
+def _agree_on_mamba(fields: dict[str, Any], hidden_size: str) -> None:
+    """Let the sizes of Mamba layers follow the width; a config names some of them twice."""
+    if isinstance(fields.get("mamba_n_heads"), int) and isinstance(fields.get("mamba_d_head"), int):
+        fields["mamba_n_heads"] = fields["mamba_expand"] * fields[hidden_size] // fields["mamba_d_head"]
+        if "mamba_d_ssm" in fields:
+            fields["mamba_d_ssm"] = fields["mamba_n_heads"] * fields["mamba_d_head"]
 
 
 _SIZE_WORDS = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size")

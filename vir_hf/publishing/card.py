@@ -1,5 +1,7 @@
 """The model card of a run: only what its recipe and its measurements say, with code that loads it."""
 
+# Over 400 lines: a card is one text, written from top to bottom.
+
 from __future__ import annotations
 
 import io

@@ -15,7 +15,6 @@ import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
 from torch.nn import functional
-from tqdm.auto import tqdm
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
@@ -25,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from vir_hf.console import Progress
 from vir_hf.images.opening import open_image
 from vir_hf.quickstart.drawing import COLOURS, PICTURE_SIZE, PLACES, SHAPES, Scene
 
@@ -76,7 +76,8 @@ def make_vision_tower(folder: Path, images: list[Path], scenes: list[Scene], *, 
     )
     chooser = torch.Generator().manual_seed(seed)
     loss = torch.tensor(math.nan)
-    for _ in tqdm(range(num_steps), desc="vision tower", unit="step", dynamic_ncols=True):
+    progress = Progress(num_steps, "vision tower", "step")
+    for _ in range(num_steps):
         chosen = torch.randint(len(images), (TOWER_BATCH,), generator=chooser)
         batch = (pixels[chosen].float() / 255 - 0.5) / 0.25
         features = tower(pixel_values=batch).last_hidden_state[:, 1:]  # (batch, num_patches, hidden)
@@ -90,6 +91,8 @@ def make_vision_tower(folder: Path, images: list[Path], scenes: list[Scene], *, 
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
+        progress.update()
+    progress.close()
     tower.save_pretrained(folder)
     image_processor.save_pretrained(folder)
     return float(loss.detach())

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vir_hf.console import conclude, duration, say
 from vir_hf.errors import RecipeError
 from vir_hf.files import OutputFolder
 from vir_hf.images.opening import open_image
@@ -57,7 +58,7 @@ class Timer:
     @contextmanager
     def measure(self, name: str, title: str) -> Iterator[None]:
         """Print a heading, and keep how long what follows took."""
-        print(f"\n== {title}", flush=True)
+        say(f"\n== {title}")
         started = time.perf_counter()
         yield
         self.seconds[name] = round(time.perf_counter() - started, 1)
@@ -113,7 +114,7 @@ def run_quickstart(recipe: Recipe, size: Size | None = None) -> dict[str, Any]:
         "example_image": str(data / "images" / rows["heldout"][-1]["image"]),
     }
     output.write_json(METRICS, metrics)
-    print(summary(metrics), flush=True)
+    conclude(summary(metrics))
     return metrics
 
 
@@ -275,9 +276,9 @@ def mean(hits: Any) -> float:
 def summary(metrics: dict[str, Any]) -> str:
     """Return the figures of the run as the lines that end it."""
     kinds = ", ".join(f"{kind} {score:.2f}" for kind, score in metrics["accuracy_by_kind"].items())
-    parts = ", ".join(f"{name} {seconds:.0f}" for name, seconds in metrics["seconds_by_part"].items())
+    parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in metrics["seconds_by_part"].items())
     return (
         f"\nexact answers to {metrics['num_heldout_questions']} held-out questions: {metrics['heldout_accuracy']:.3f} ({kinds})\n"
         f"the same with a blank picture: {metrics['blind_accuracy']:.3f}; the best guess: {metrics['chance_accuracy']:.3f}\n"
-        f"{metrics['quickstart_seconds']:.0f} s ({parts}); six of them with their pictures: {metrics['samples']}"
+        f"took {duration(metrics['quickstart_seconds'])} ({parts}); six of them with their pictures: {metrics['samples']}"
     )

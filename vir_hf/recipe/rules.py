@@ -1,5 +1,7 @@
 """Rules between the keys of a recipe: what is left open is written out, what contradicts itself is refused."""
 
+# Over 400 lines: the rules are asked in one order, and each may rely on those before it.
+
 from __future__ import annotations
 
 import json

@@ -1,5 +1,7 @@
 """What a row says: LLaVA's turns and the ecosystem's messages become one list of messages made of text and image parts."""
 
+# Over 400 lines: what a row says is decided by steps that hand each other one turn.
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -57,9 +57,7 @@ def first_line(engine: Engine, rows_per_step: int, device: Any) -> str:
     """Return the first line of a run's log: engine, ranks, nodes and global batch."""
     ranks, nodes = _count(engine.num_processes, "rank"), _count(engine.num_machines, "node")
     rows = _count(rows_per_step, "row")
-    return (
-        f"engine: {engine.title} · {ranks} on {nodes} · {getattr(device, 'type', device)} · global batch {rows} a step"
-    )
+    return f"engine: {engine.title} · {ranks} on {nodes} · {getattr(device, 'type', device)} · global batch {rows} per step"
 
 
 def asked_for() -> Engine | None:

@@ -7,11 +7,13 @@ import copy
 import logging
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from vir_hf.batches.features import cache_for_training
+from vir_hf.console import RunLog, conclude, duration, say
 from vir_hf.data.located import BadRow
 from vir_hf.kernels.fused_lora import fuse_lora
 from vir_hf.kernels.lean_layers import make_lean
@@ -50,35 +52,34 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> dict[str
     rules.check(recipe)  # one made or changed in Python has not been through `load_recipe`
     repo_id = hub.name_for(recipe) if recipe.training.push_to_hub else None
     signals = StopOnSignal()
-    with signals.installed():
-        metrics = _train(recipe, signals, callbacks)
+    with signals.installed(), RunLog() as log:
+        metrics = _train(recipe, signals, callbacks, log)
     if repo_id is not None and os.environ.get("RANK", "0") == "0":
         private = bool(recipe.training.hub_private_repo)
-        print(hub.push_run(recipe.training.output_dir, repo_id, private=private).url)
+        conclude(hub.push_run(recipe.training.output_dir, repo_id, private=private).url)
     return metrics
 
 
-def _train(recipe: Recipe, signals: StopOnSignal, callbacks: Sequence[TrainerCallback]) -> dict[str, Any]:
+def _train(recipe: Recipe, signals: StopOnSignal, callbacks: Sequence[TrainerCallback], log: RunLog) -> dict[str, Any]:
     engine_check.avoid_compiling(use_cpu=bool(recipe.training.use_cpu))
     recipe = fit_to_language_model(recipe)
     precision = precision_of(recipe)
     arguments = training_arguments(recipe, precision)
-    if arguments.process_index == 0:
+    is_main = arguments.process_index == 0
+    if is_main:
         warn_if_too_large(recipe)
     engine_check.load_whole_weights()
     finished = ranks.broadcast(resume.is_finished(recipe))
     if finished is not None:
         logger.warning("%s: this run is finished, nothing is left to do", arguments.output_dir)
         return dict(finished)
-    is_main = arguments.process_index == 0
     ranks.together(lambda: preflight.check_machine(recipe, world_size=arguments.world_size))
     point = resume.choose(recipe, is_main=is_main)
     set_seed(arguments.seed)
     model, processor = load_model_and_processor(
         recipe, precision, merged_base(recipe, ranks.together, is_main_process=is_main)
     )
-    bad_rows: list[BadRow] = []
-    bad_eval_rows: list[BadRow] = []
+    bad_rows, bad_eval_rows = list[BadRow](), list[BadRow]()
     rows, sampler, eval_rows = rows_and_plan(
         recipe, processor, bad_rows, bad_eval_rows, arguments.world_size, arguments.process_index
     )
@@ -95,11 +96,7 @@ def _train(recipe: Recipe, signals: StopOnSignal, callbacks: Sequence[TrainerCal
         ),
         is_main=is_main,
     )
-    starts_anew = False
-    if point is not None:
-        is_deepspeed = arguments.deepspeed_plugin is not None
-        compatibility.check_identity(point, identity)
-        starts_anew = consolidated.load_if_needed(model, point, arguments.world_size, is_deepspeed=is_deepspeed)
+    starts_anew = _continue_from(point, model, identity, arguments)
     trainer = LlavaTrainer(
         model=model,
         args=arguments,
@@ -115,23 +112,43 @@ def _train(recipe: Recipe, signals: StopOnSignal, callbacks: Sequence[TrainerCal
         identity=identity,
         callbacks=[StepLines(), signals, *callbacks],
     )
+    _fit(trainer, recipe, point, log, optimizer_starts_anew=starts_anew)
+    if signals.received is not None and trainer.state.global_step < trainer.state.max_steps:
+        raise RunStopped(signals.received, trainer.state.global_step)
+    metrics = summarise(trainer, recipe) | summarise_left_out(bad_rows, bad_eval_rows)
+    trainer.save_final(precision.dtype)
+    if is_main:
+        checkpoints.run_folder(arguments.output_dir).write_json(checkpoints.METRICS, metrics)
+    log.add(f"done: {metrics['num_steps']} steps in {duration(metrics['seconds'])}")
+    return metrics
+
+
+def _continue_from(point: resume.ResumePoint | None, model: Any, identity: dict[str, Any], arguments: Any) -> bool:
+    """Hold a run to the checkpoint it goes on from, and load what only we can; return whether the optimizer starts anew."""
+    if point is None:
+        return False
+    compatibility.check_identity(point, identity)
+    is_deepspeed = arguments.deepspeed_plugin is not None
+    return consolidated.load_if_needed(model, point, arguments.world_size, is_deepspeed=is_deepspeed)
+
+
+def _fit(
+    trainer: LlavaTrainer, recipe: Recipe, point: resume.ResumePoint | None, log: RunLog, *, optimizer_starts_anew: bool
+) -> None:
+    """Train, once the engine is the one asked for and the disk has room; an earlier run gives way only now."""
+    is_main = trainer.args.process_index == 0
     trainer.remove_callback(PrinterCallback)
     for callback in watchers(trainer, recipe):
         trainer.add_callback(callback)
     engine = ranks.together(lambda: engine_check.check(trainer.accelerator, engine_check.asked_for()))
     if is_main:
-        print(engine_check.first_line(engine, sampler.rows_per_step, trainer.args.device), flush=True)
+        say(engine_check.first_line(engine, trainer.step_sampler.rows_per_step, trainer.args.device))
     ranks.together(lambda: preflight.check_run(trainer))
     ranks.together(lambda: resume.let_go_of_earlier_run(recipe, point) if is_main else None)
-    with consolidated.optimizer_starts_anew() if starts_anew else contextlib.nullcontext():
+    if is_main:
+        log.open(Path(trainer.args.output_dir) / "train.log")
+    with consolidated.optimizer_starts_anew() if optimizer_starts_anew else contextlib.nullcontext():
         trainer.train(resume_from_checkpoint=None if point is None else str(point.path))
-    if signals.received is not None and trainer.state.global_step < trainer.state.max_steps:
-        raise RunStopped(signals.received, trainer.state.global_step)
-    metrics = summarise(trainer, recipe) | summarise_left_out(bad_rows, bad_eval_rows)
-    trainer.save_final(precision.dtype)
-    if trainer.is_world_process_zero():
-        checkpoints.run_folder(arguments.output_dir).write_json(checkpoints.METRICS, metrics)
-    return metrics
 
 
 def _ready_to_learn(model: Any, recipe: Recipe, arguments: Any, *, reads_features: bool) -> Any:

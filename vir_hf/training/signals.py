@@ -7,7 +7,6 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
@@ -15,6 +14,8 @@ from typing import Any
 import torch
 from torch import distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from vir_hf.console import print_error
 
 STOPPED = 75  # EX_TEMPFAIL: start the same command again to go on
 LEFT_AT_ONCE = 130
@@ -112,5 +113,5 @@ def _end_workers() -> None:
 def say_stopped(stopped: RunStopped, output_dir: str, newest: str | None) -> int:
     """Print what is on disk and how to go on; return the exit code."""
     lies = f"{newest} is whole" if newest else f"{output_dir} holds no checkpoint yet"
-    print(f"\nstopped by {stopped.signal_name}: {lies}. Go on: the same command with --resume", file=sys.stderr)
+    print_error(f"stopped by {stopped.signal_name}: {lies}. Go on: the same command with --resume", STOPPED)
     return STOPPED

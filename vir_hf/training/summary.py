@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
+from vir_hf.console import rendered, say
 from vir_hf.model.audit import audit_as_dict, audit_model, print_audit
 from vir_hf.training import checkpoints
 from vir_hf.training.trainer import LlavaTrainer
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 def report_audit(model: Any, recipe: Recipe, precision: str) -> None:
     """Print what is loaded and what learns, and save it as `audit.json`."""
     lines = audit_model(model, recipe)
-    print_audit(lines, precision)
+    say(rendered(lambda console: print_audit(lines, precision, console)))
     output = checkpoints.run_folder(recipe.training.output_dir)
     output.write_json(checkpoints.AUDIT, audit_as_dict(lines, precision))
 
