@@ -89,7 +89,6 @@ def execute(path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, parameter
 def test_the_quickstart_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = execute(ROOT / "notebooks" / "quickstart.ipynb", tmp_path, monkeypatch)
     assert "heldout_accuracy" in shown and (tmp_path / "outputs" / "quickstart" / "samples.png").is_file()
-    assert "\r" not in shown
 
 
 @pytest.mark.long
@@ -103,7 +102,8 @@ def test_the_notebook_for_a_t4_runs_with_tiny_parts(
     shutil.copy(tiny_parts / "rows.json", tmp_path / "heldout.json")
     more = (
         "model.name_or_path=null model.language_model=lm model.vision_tower=tower training.max_length=256 training.max_steps=2 "
-        "training.global_batch_size=4 training.per_device_train_batch_size=2 training.dataloader_num_workers=0"
+        "training.global_batch_size=4 training.per_device_train_batch_size=2 training.dataloader_num_workers=0 "
+        "training.logging_steps=1"
     )
     parameters = f"ROWS, HELDOUT, IMAGES, OUTPUT = 'rows.json', 'heldout.json', 'images', 'out'\nMORE = {more!r}"
     shown = execute(ROOT / "notebooks" / "finetune_on_t4.ipynb", tmp_path, monkeypatch, parameters)

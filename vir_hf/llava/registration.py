@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
 )
 from transformers import LlavaConfig as NativeLlavaConfig
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
 from .configuration_llava import LlavaConfig
 from .modeling_llava import LlavaForCausalLM, LlavaModel
@@ -25,5 +25,6 @@ def register() -> None:
     AutoModelForCausalLM.register(LlavaConfig, LlavaForCausalLM, exist_ok=True)
     AutoModelForImageTextToText.register(LlavaConfig, LlavaForCausalLM, exist_ok=True)
     AutoProcessor.register(LlavaConfig, LlavaProcessor, exist_ok=True)
-    AutoImageProcessor.register(LlavaConfig, image_processor_classes={"pil": TilesImageProcessor}, exist_ok=True)
+    # Not through AutoImageProcessor, which would add the processors of transformers' config of the same class name.
+    IMAGE_PROCESSOR_MAPPING.register(LlavaConfig, {"pil": TilesImageProcessor}, exist_ok=True)
     AutoModelForCausalLM.register(NativeLlavaConfig, LlavaForCausalLM, exist_ok=True)
