@@ -288,8 +288,6 @@ WRITERS = {
         "save": "a recipe, which `files` writes",
     },
     "quickstart.drawing": {"save": "pictures into a staging folder of `files`", "mkdir": "in it"},
-    "quickstart.pages": {"save": "images into a staging folder of `files`", "mkdir": "in it"},
-    "quickstart.high_resolution": {"save": "an image into a temporary name of `files`"},
     "quickstart.parts": {"save_pretrained": "into a staging folder of `files`"},
     "quickstart.run": {"save": "a picture into a temporary name of `files`"},
     "recipe.files": {

@@ -67,11 +67,7 @@ def _leave_process_group() -> None:
 
 def _run(recipe: Recipe) -> dict[str, Any]:
     """Train; the quickstart makes its data and parts first."""
-    if recipe.experiment.name in SELF_CONTAINED and recipe.data.data_path is None and recipe.data.sources is None:
-        if recipe.experiment.name == "quickstart_hd":
-            from vir_hf.quickstart.high_resolution import run_high_resolution
-
-            return run_high_resolution(recipe)
+    if recipe.experiment.name == SELF_CONTAINED and recipe.data.data_path is None and recipe.data.sources is None:
         from vir_hf.quickstart.run import run_quickstart
 
         return run_quickstart(recipe)

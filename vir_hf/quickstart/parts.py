@@ -50,49 +50,25 @@ def make_vision_tower(folder: Path, images: list[Path], scenes: list[Scene], *, 
     A real tower comes trained on millions of pictures. This one learns, for each patch, the colour, shape and place of the
     object in its quarter of the picture. No question and no answer is shown to it.
     """
-    pixels = torch.from_numpy(np.stack([np.array(open_image(path)) for path in images]))
-    targets = list(patch_attributes(scenes))
-    num_classes = [len(COLOURS) + 1, len(SHAPES) + 1, len(PLACES)]
-    return teach_vision_tower(folder, pixels, targets, num_classes, num_steps=num_steps, seed=seed)
-
-
-def teach_vision_tower(
-    folder: Path,
-    pixels: torch.Tensor,
-    targets: list[torch.Tensor],
-    num_classes: list[int],
-    *,
-    num_steps: int,
-    seed: int,
-    patch_size: int = PATCH_SIZE,
-) -> float:
-    """Return the final loss of a new small CLIP tower that learns what each patch shows, and save it with its image processor.
-
-    Args:
-        pixels: `(num_images, size, size, 3)`, 8 bit.
-        targets: each `(num_images, num_patches)`: class numbers, of as many classes as `num_classes` says.
-    """
     torch.manual_seed(seed)
-    edge = pixels.shape[1]
-    tower = CLIPVisionModel(
-        CLIPVisionConfig(
-            hidden_size=HIDDEN_SIZE,
-            intermediate_size=2 * HIDDEN_SIZE,
-            num_hidden_layers=TOWER_LAYERS,
-            num_attention_heads=4,
-            image_size=edge,
-            patch_size=patch_size,
-            hidden_act="gelu",
-        )
+    config = CLIPVisionConfig(
+        hidden_size=HIDDEN_SIZE,
+        intermediate_size=2 * HIDDEN_SIZE,
+        num_hidden_layers=TOWER_LAYERS,
+        num_attention_heads=4,
+        image_size=PICTURE_SIZE,
+        patch_size=PATCH_SIZE,
+        hidden_act="gelu",
     )
+    tower = CLIPVisionModel(config)
+    size = {"height": PICTURE_SIZE, "width": PICTURE_SIZE}
     image_processor = CLIPImageProcessorPil(
-        size={"shortest_edge": edge},
-        crop_size={"height": edge, "width": edge},
-        image_mean=[0.5] * 3,
-        image_std=[0.25] * 3,
+        size={"shortest_edge": PICTURE_SIZE}, crop_size=size, image_mean=[0.5] * 3, image_std=[0.25] * 3
     )
-    pixels = pixels.permute(0, 3, 1, 2)  # (num_images, 3, height, width)
-    head = nn.Linear(HIDDEN_SIZE, sum(num_classes))
+    pixels = torch.from_numpy(np.stack([np.array(open_image(path)) for path in images]))
+    pixels = pixels.permute(0, 3, 1, 2)  # (num_images, 3, height, width), 8 bit
+    colours, shapes, places = patch_attributes(scenes)
+    head = nn.Linear(HIDDEN_SIZE, len(COLOURS) + 1 + len(SHAPES) + 1 + len(PLACES))
     parameters = [*tower.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=TOWER_LEARNING_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -102,15 +78,13 @@ def teach_vision_tower(
     loss = torch.tensor(math.nan)
     progress = Progress(num_steps, "vision tower", "step")
     for _ in range(num_steps):
-        chosen = torch.randint(len(pixels), (TOWER_BATCH,), generator=chooser)
+        chosen = torch.randint(len(images), (TOWER_BATCH,), generator=chooser)
         batch = (pixels[chosen].float() / 255 - 0.5) / 0.25
         features = tower(pixel_values=batch).last_hidden_state[:, 1:]  # (batch, num_patches, hidden)
-        parts = head(features).flatten(0, 1).split(num_classes, dim=-1)
+        parts = head(features).flatten(0, 1).split([len(COLOURS) + 1, len(SHAPES) + 1, len(PLACES)], dim=-1)
+        targets = colours[chosen], shapes[chosen], places[chosen]
         loss = torch.stack(
-            [
-                functional.cross_entropy(part, target[chosen].flatten())
-                for part, target in zip(parts, targets, strict=True)
-            ]
+            [functional.cross_entropy(part, target.flatten()) for part, target in zip(parts, targets, strict=True)]
         ).sum()
         optimizer.zero_grad()
         loss.backward()

@@ -74,7 +74,11 @@ def run_quickstart(recipe: Recipe, size: Size | None = None) -> dict[str, Any]:
     Raises:
         RecipeError: more than one process.
     """
-    refuse_several_processes(recipe)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RecipeError(
+            "experiment=quickstart: draws and trains in one process, found WORLD_SIZE="
+            f"{os.environ['WORLD_SIZE']}. Start it with `vir-hf train`, or choose another experiment."
+        )
     size, timer = size or Size(), Timer()
     output_dir = Path(recipe.training.output_dir)
     output, data, parts = _output_folder(output_dir), output_dir / "data", output_dir / "parts"
@@ -91,9 +95,9 @@ def run_quickstart(recipe: Recipe, size: Size | None = None) -> dict[str, Any]:
         tower_loss = make_vision_tower(staging / "vision_tower", images, scenes, num_steps=size.tower_steps, seed=seed)
         output.replace_folder("parts", staging)
     with timer.measure("pretrain", "3/5 stage 1: the projector learns to show pictures to the language model"):
-        first = train(over_its_own(pretrain_recipe(recipe, data, parts, size.pretrain_rows)))
+        first = train(_over_its_own(pretrain_recipe(recipe, data, parts, size.pretrain_rows)))
     with timer.measure("finetune", "4/5 stage 2: projector and language model learn to answer"):
-        metrics = train(over_its_own(finetune_recipe(recipe, data, parts)))
+        metrics = train(_over_its_own(finetune_recipe(recipe, data, parts)))
     with timer.measure("evaluation", f"5/5 answering {len(rows['heldout'])} questions about pictures never trained on"):
         scores, samples = evaluate(
             Answerer.load(str(output_dir)), rows["heldout"], rows["finetune"], data / "images", seed=seed
@@ -114,19 +118,6 @@ def run_quickstart(recipe: Recipe, size: Size | None = None) -> dict[str, Any]:
     return metrics
 
 
-def refuse_several_processes(recipe: Recipe) -> None:
-    """Raise under `accelerate launch`.
-
-    Raises:
-        RecipeError: more than one process.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RecipeError(
-            f"experiment={recipe.experiment.name}: draws and trains in one process, found WORLD_SIZE="
-            f"{os.environ['WORLD_SIZE']}. Start it with `vir-hf train`, or choose another experiment."
-        )
-
-
 def _output_folder(output_dir: Path) -> OutputFolder:
     """The folder to draw and train in, once nothing of somebody else's has to give way.
 
@@ -135,7 +126,7 @@ def _output_folder(output_dir: Path) -> OutputFolder:
     """
     output = run_folder(output_dir)
     names = ("data", "parts", "samples.png")
-    is_earlier = read_metrics(output_dir).get("experiment") in SELF_CONTAINED
+    is_earlier = read_metrics(output_dir).get("experiment") == SELF_CONTAINED
     if is_earlier and not any(name.split("/")[0] in names for name in output.names()):  # by a version without records
         found = [path for name in names[:2] for path in (output_dir / name).rglob("*")]
         output.adopt(["samples.png", *(path.relative_to(output_dir).as_posix() for path in found)])
@@ -145,10 +136,10 @@ def _output_folder(output_dir: Path) -> OutputFolder:
     return output
 
 
-def over_its_own(recipe: Recipe) -> Recipe:
+def _over_its_own(recipe: Recipe) -> Recipe:
     """The recipe with leave to take an earlier quickstart's place, which is made again from nothing."""
     earlier = read_metrics(Path(recipe.training.output_dir)).get("experiment")
-    if earlier in (*SELF_CONTAINED, recipe.experiment.name):
+    if earlier in (SELF_CONTAINED, recipe.experiment.name):
         recipe.training.overwrite_output_dir = True
     return recipe
 
@@ -206,32 +197,19 @@ def evaluate(
     return scores, [Sample(open_image(paths[i]), *asked[i], seen[i]) for i in shown]
 
 
-_SCORES = {"exact match": "heldout", "exact match, blank pictures": "blind", "best guess without pictures": "chance"}
-
-
-def report(
-    output_dir: Path,
-    scores: dict[str, Any],
-    samples: list[Sample],
-    *,
-    data_set: str = "drawn pictures, held out",
-    earlier: Path | None = None,
-) -> None:
-    """Write `evaluation.json` and `samples.json`, from which `vir-hf push` makes the card.
-
-    Args:
-        earlier: the model whose answers stand before this one's: that of stage 1 by default.
-    """
+def report(output_dir: Path, scores: dict[str, Any], samples: list[Sample]) -> None:
+    """Write `evaluation.json` and `samples.json`, from which `vir-hf push` makes the card."""
+    names = {"exact match": "heldout", "exact match, blank pictures": "blind", "best guess without pictures": "chance"}
     write_results(
         output_dir,
         [
             {
-                "dataset": data_set,
+                "dataset": "drawn pictures, held out",
                 "metric": metric,
                 "value": scores[f"{name}_accuracy"],
                 "num_rows": scores["num_heldout_questions"],
             }
-            for metric, name in _SCORES.items()
+            for metric, name in names.items()
         ],
     )
     questions = [Question(it.question, [it.image]) for it in samples]
@@ -239,7 +217,7 @@ def report(
         Case(str(number), lambda asked=asked: asked, [it.answer])  # type: ignore[misc]
         for number, (asked, it) in enumerate(zip(questions, samples, strict=True))
     ]
-    before = answer_all(Answerer.load(str(earlier or output_dir / "pretrain")), questions)
+    before = answer_all(Answerer.load(str(output_dir / "pretrain")), questions)
     write_samples(output_dir, cases, before, [sample.given for sample in samples])
 
 

@@ -30,8 +30,8 @@ _SCHEDULE_NEEDS = {
     "warmup_stable_decay": ("num_decay_steps",),
 }
 
-# The experiments whose model and data are made on the spot, so that they name neither.
-SELF_CONTAINED = ("quickstart", "quickstart_hd")
+# The experiment whose model and data are made on the spot, so that it names neither.
+SELF_CONTAINED = "quickstart"
 
 
 def write_out(recipe: Recipe) -> None:
@@ -140,7 +140,7 @@ def check(recipe: Recipe, *, require_data: bool = True) -> None:
 def _check_model(recipe: Recipe) -> None:
     model = recipe.model
     check_views(model, recipe.data)
-    if recipe.experiment.name in SELF_CONTAINED:
+    if recipe.experiment.name == SELF_CONTAINED:
         return
     parts = [name for name in ("language_model", "vision_tower") if getattr(model, name)]
     if model.name_or_path and parts:
@@ -193,7 +193,7 @@ def _check_data(recipe: Recipe, require_data: bool) -> None:
             raise RecipeError(f"data.sources[{number}].weight: found {source.weight:g}, expected more than 0.")
         if source.num_rows is not None and source.num_rows < 1:
             raise RecipeError(f"data.sources[{number}].num_rows: found {source.num_rows}, expected 1 or more.")
-    if require_data and not data.data_path and not data.sources and recipe.experiment.name not in SELF_CONTAINED:
+    if require_data and not data.data_path and not data.sources and recipe.experiment.name != SELF_CONTAINED:
         raise RecipeError(
             "data.data_path: is not set. Add data.data_path=ROWS.json (a LLaVA JSON file) and, when its images lie elsewhere, "
             "data.image_folder=FOLDER."
@@ -202,7 +202,7 @@ def _check_data(recipe: Recipe, require_data: bool) -> None:
         raise RecipeError("data.eval_image_folder: is set, but data.eval_path is not. Set data.eval_path=ROWS.json.")
     check_held_out(recipe)
     strategy = recipe.training.eval_strategy
-    has_rows = data.eval_path or data.eval_fraction or recipe.experiment.name in SELF_CONTAINED
+    has_rows = data.eval_path or data.eval_fraction or recipe.experiment.name == SELF_CONTAINED
     if strategy != "no" and not has_rows:
         raise RecipeError(
             f"training.eval_strategy: is {strategy}, but there are no rows to evaluate on. Set data.eval_path=ROWS.json or "
