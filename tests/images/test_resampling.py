@@ -123,7 +123,7 @@ def test_kernels_work_where_nothing_can_be_kept(tmp_path: Path) -> None:
     code = (
         "import numba.core.caching as caching\n"
         "for locator in caching.CacheImpl._locator_classes: locator.from_function = classmethod(lambda *_: None)\n"
-        "from vir_hf import resampling; assert resampling.obstacle() is None, resampling.obstacle(); print('exact')"
+        "from vir_hf.images import resampling; assert resampling.obstacle() is None, resampling.obstacle(); print('exact')"
     )
     environment = {**os.environ, "HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
@@ -137,7 +137,7 @@ def test_kernels_work_where_nothing_can_be_kept(tmp_path: Path) -> None:
 )
 def test_a_damaged_cache_is_compiled_around(tmp_path: Path, damage) -> None:
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-c", "from vir_hf import resampling; print(resampling.obstacle())"]
+    command = [sys.executable, "-c", "from vir_hf.images import resampling; print(resampling.obstacle())"]
     for _ in range(2):
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
         assert done.stdout.strip() == "None", done.stderr
@@ -149,6 +149,6 @@ def test_a_damaged_cache_is_compiled_around(tmp_path: Path, damage) -> None:
 
 def test_without_its_compiler_numba_is_not_used() -> None:
     environment = {**os.environ, "NUMBA_DISABLE_JIT": "1"}
-    command = [sys.executable, "-c", "from vir_hf import resampling; print(resampling.obstacle())"]
+    command = [sys.executable, "-c", "from vir_hf.images import resampling; print(resampling.obstacle())"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert "NUMBA_DISABLE_JIT" in done.stdout, done.stderr

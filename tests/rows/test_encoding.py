@@ -22,6 +22,7 @@ from transformers import AutoTokenizer, ByT5Tokenizer, LlavaImageProcessorPil, L
 
 import vir_hf.rows.encoding
 from vir_hf.errors import DataError, RecipeError
+from vir_hf.llava.views import OneView
 from vir_hf.rows import chat_layout
 from vir_hf.rows.encoding import IGNORE, encode_prompt, encode_row, row_length, stop_token_ids, supervised_spans
 from vir_hf.rows.messages import PROBLEM_KINDS, row_problems, to_messages
@@ -45,6 +46,7 @@ def make_processor(tokenizer: Any, template: str, chat_template: str | None = No
         image_token=image_token,
         image_token_id=tokenizer.convert_tokens_to_ids(image_token),
         num_image_tokens=NUM_IMAGE_TOKENS,
+        views=OneView(edge=336, view_tokens=NUM_IMAGE_TOKENS),
         template=template,
         chat_template=chat_template or chat_template_for(template, tokenizer),
     )

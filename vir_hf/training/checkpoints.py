@@ -25,6 +25,7 @@ from vir_hf.files import (
     clear_name,
     discard,
     entry_of,
+    is_report,
     new_folder,
     remove_folder,
     set_aside,
@@ -67,7 +68,7 @@ METRICS, AUDIT, RECIPE = "metrics.json", "audit.json", "recipe.yaml"
 OF_EVALUATION = ("evaluation.json", "samples.json", "samples")
 PANEL, REPORT = "panel.json", "report.html"  # what a run shows while it goes on
 BASE = "base"
-OUTPUTS = (*_RESULT, METRICS, AUDIT, RECIPE, *OF_EVALUATION, PANEL, REPORT, BASE)
+OUTPUTS = (*_RESULT, METRICS, AUDIT, RECIPE, *OF_EVALUATION, BASE)
 _RECIPE_HEAD = "# Every value of this run."
 
 
@@ -322,6 +323,18 @@ def of_the_model(names: Iterable[str]) -> list[str]:
     result = {*_RESULT, METRICS, RECIPE}
     is_shard = re.compile(r"model-\d+-of-\d+\.safetensors").fullmatch
     return [name for name in names if name in result or name.split("/")[0] in OF_EVALUATION or is_shard(name)]
+
+
+def may_show(output_dir: Path, name: str) -> bool:
+    """Whether a page or file that a run can do without may be written: nothing of somebody else's lies under its name."""
+    path = output_dir / name
+    folder = run_folder(output_dir)
+    if not folder.owns(name) and is_report(path):  # of a run whose record is gone
+        folder.adopt([name])
+    is_free = not os.path.lexists(path) or folder.owns(name)
+    if not is_free:
+        logger.warning("%s: is not this project's and stays as it is; the run goes without a %s", path, name)
+    return is_free
 
 
 def read_metrics(output_dir: Path) -> dict[str, Any]:

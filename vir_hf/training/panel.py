@@ -17,6 +17,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from vir_hf.errors import DataError
+from vir_hf.files import as_report
 from vir_hf.images.opening import open_image
 from vir_hf.inference import Answerer, Question
 from vir_hf.rows.encoding import encode_prompt_with_images, last_question
@@ -46,6 +47,7 @@ class Panel(TrainerCallback):
         self.rows: list[dict[str, Any]] = []
         self._choose(size)
         self.answers: dict[int, list[str]] = {}
+        self.may_write = checkpoints.may_show(self.place.parent, checkpoints.PANEL)
 
     def _choose(self, size: int) -> None:
         rows = self.trainer.eval_dataset
@@ -109,7 +111,9 @@ class Panel(TrainerCallback):
             self.rows = []
             return
         kept = [{"step": step, "answers": found} for step, found in sorted(self.answers.items())]
-        checkpoints.run_folder(self.place.parent).write_json(checkpoints.PANEL, {"rows": self.rows, "answers": kept})
+        if self.may_write:
+            found = as_report({"rows": self.rows, "answers": kept})
+            checkpoints.run_folder(self.place.parent).write_text(checkpoints.PANEL, found)
 
 
 def ask(model: Any, trainer: LlavaTrainer, questions: list[Question]) -> list[str]:

@@ -49,7 +49,8 @@ def watchers(trainer: LlavaTrainer, recipe: Recipe) -> list[TrainerCallback]:
         if trainer.args.process_index == 0:
             panel = Panel(trainer, training.panel_size)
             found.append(panel)
-    if training.report and trainer.args.process_index == 0:
+    is_wanted = training.report and trainer.args.process_index == 0
+    if is_wanted and checkpoints.may_show(Path(trainer.args.output_dir), checkpoints.REPORT):
         found.append(Report(trainer, recipe, panel))
     return found
 
