@@ -14,6 +14,39 @@ _TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 
 def main(argv: list[str]) -> int:
     """Export; return the exit code."""
+    arguments = _parse(argv)
+    inputs = [arguments.run, arguments.base, *arguments.images]
+    refuse_outputs([("--json", arguments.json)], inputs, overwrite=arguments.overwrite)
+
+    import torch
+
+    from vir_hf.exporting.formats import export_run
+    from vir_hf.exporting.request import Request
+
+    request = Request(
+        run=arguments.run,
+        to=arguments.to,
+        base=arguments.base,
+        revision=arguments.revision,
+        dtype="auto" if arguments.dtype == "auto" else getattr(torch, arguments.dtype),
+        verify=arguments.verify,
+        images=arguments.images,
+        quantization=arguments.type,
+        accepts_padding=arguments.accept_padding,
+        accepts_class_token=arguments.accept_class_token,
+    )
+    exported = export_run(request, arguments.out)
+    write_json(arguments.json, json.loads(json.dumps(dataclasses.asdict(exported), default=str)))
+    if arguments.json != "-":
+        print(f"exported {arguments.run} into {exported.out}, {len(exported.files)} files")
+        for line in [*map(str, exported.proofs), *exported.notes]:
+            print(f"  {line}")
+        if not arguments.verify:
+            print("  not verified")
+    return 0
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="vir-hf export",
         description="Write a run in another tool's format, then open the result in a process of its own and compare its logits "
@@ -47,33 +80,4 @@ def main(argv: list[str]) -> int:
     )
     add_json(parser, "the result")
     add_overwrite(parser)
-    arguments = parser.parse_args(argv)
-    inputs = [arguments.run, arguments.base, *arguments.images]
-    refuse_outputs([("--json", arguments.json)], inputs, overwrite=arguments.overwrite)
-
-    import torch
-
-    from vir_hf.exporting.formats import export_run
-    from vir_hf.exporting.request import Request
-
-    request = Request(
-        run=arguments.run,
-        to=arguments.to,
-        base=arguments.base,
-        revision=arguments.revision,
-        dtype="auto" if arguments.dtype == "auto" else getattr(torch, arguments.dtype),
-        verify=arguments.verify,
-        images=arguments.images,
-        quantization=arguments.type,
-        accepts_padding=arguments.accept_padding,
-        accepts_class_token=arguments.accept_class_token,
-    )
-    exported = export_run(request, arguments.out)
-    write_json(arguments.json, json.loads(json.dumps(dataclasses.asdict(exported), default=str)))
-    if arguments.json != "-":
-        print(f"exported {arguments.run} into {exported.out}, {len(exported.files)} files")
-        for line in [*map(str, exported.proofs), *exported.notes]:
-            print(f"  {line}")
-        if not arguments.verify:
-            print("  not verified")
-    return 0
+    return parser.parse_args(argv)
