@@ -21,6 +21,7 @@ from vir_hf.images.preprocessing import ImagePreprocessor
 from vir_hf.rows.boxes import BoxForm, find_boxes, is_outside
 from vir_hf.rows.encoding import encode_row, encode_with_images
 from vir_hf.rows.image_lengths import image_lengths
+from vir_hf.rows.messages import to_messages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +94,9 @@ def inspect_row(row: dict[str, Any], number: int, processor: Any, max_length: in
     if max_length is not None:
         num_cut = len(encode_row(row, processor)["input_ids"]) - len(encoded["input_ids"])
     spans = _spans(encoded["input_ids"], encoded["labels"], image_lengths(images, processor), processor)
-    texts = tuple(part["text"] for message in row["messages"] for part in message["content"] if part.get("text"))
+    texts = tuple(
+        part["text"] for message in to_messages(row)["messages"] for part in message["content"] if part.get("text")
+    )
     return InspectedRow(number, str(row["id"]), spans, list(images), num_cut, texts)
 
 
