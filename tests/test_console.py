@@ -100,6 +100,7 @@ def test_on_a_terminal_there_is_a_bar() -> None:
     assert "sorting: " in shown and "3/3" in shown and "line 2" in shown
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("environment", [{"TERM": "dumb"}, {"TQDM_DISABLE": "1"}])
 def test_a_terminal_that_cannot_redraw_or_a_screen_reader_gets_lines(environment: dict[str, str]) -> None:
     assert on_a_terminal(**environment).replace("\r\n", "\n") == "line 0\nline 1\nline 2\n"

@@ -460,6 +460,7 @@ def run_benchmark(*arguments: str) -> dict[str, Any]:
     return dict(result)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.skipif(

@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vir_hf.images.identity import Folders, Itself, file_stamp, picture_identities, picture_identity
+from vir_hf.images.folder import file_stamp
+from vir_hf.images.identity import Folders, Itself, picture_identities, picture_identity
 
 IMAGES = pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
 

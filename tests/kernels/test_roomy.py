@@ -18,6 +18,7 @@ def test_it_is_an_ordinary_contiguous_tensor(dtype: torch.dtype) -> None:
     assert tensor.storage_offset() == 0 and tensor.untyped_storage().nbytes() > tensor.nbytes
 
 
+@pytest.mark.long
 def test_its_hole_takes_a_tensor_of_the_same_size() -> None:
     """A layer keeps one tensor and frees another before it, thirty times over."""
     script = """

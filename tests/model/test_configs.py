@@ -15,7 +15,6 @@ from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
     LlavaConfig,
-    LlavaNextConfig,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
@@ -48,7 +47,7 @@ def write_config(folder: Path, fields: dict[str, Any]) -> Path:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (LlavaNextConfig().to_dict(), "its model type is 'llava_next'; expected llava or vir_llava"),
+        (AutoConfig.for_model("llava_onevision").to_dict(), "its model type is 'llava_onevision'"),
         (ORIGINAL, "its config.json has no text_config and vision_config"),
         ({**LlavaConfig().to_dict(), "text_config": None}, "its config.json has no text_config"),
         (AutoConfig.for_model("llama").to_dict(), "its model type is 'llama'"),
@@ -62,7 +61,7 @@ def write_config(folder: Path, fields: dict[str, Any]) -> Path:
             "its projector_type is 'resampler'",
         ),
     ],
-    ids=["llava_next", "original", "no_text", "llama", "paligemma", "dinov2", "projector"],
+    ids=["llava_onevision", "original", "no_text", "llama", "paligemma", "dinov2", "projector"],
 )
 def test_a_model_that_is_none_of_ours_is_refused_by_its_config(
     fields: dict[str, Any], message: str, tiny_parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

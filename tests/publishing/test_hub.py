@@ -77,6 +77,7 @@ def test_a_pushed_model_answers_the_same_in_a_clean_process(
         assert python(block, reader, tmp_path) == expected
 
 
+@pytest.mark.long
 def test_a_pushed_adapter_answers_the_same_with_peft_and_with_us(
     lora_run: Path, tiny_parts: Path, server: minihub.Hub, tmp_path: Path
 ) -> None:
@@ -248,7 +249,7 @@ def offline(server: minihub.Hub) -> dict[str, str | None]:
 @pytest.mark.parametrize(
     ("fault", "repo", "message"),
     [
-        (no_token, "user/tiny", "not logged in. Run `hf auth login`"),
+        pytest.param(no_token, "user/tiny", "not logged in. Run `hf auth login`", marks=pytest.mark.long),
         (wrong_token, "user/tiny", "does not take this token"),
         pytest.param(read_only, "user/tiny", "may not write there", marks=pytest.mark.long),
         (taken, "user/tiny", "the name is taken"),
@@ -256,8 +257,8 @@ def offline(server: minihub.Hub) -> dict[str, str | None]:
         pytest.param(full, "user/tiny", "the storage of this account is used up", marks=pytest.mark.long),
         pytest.param(cut, "user/tiny", "the connection was cut", marks=pytest.mark.long),  # the client tries for 20 s
         pytest.param(nobody_there, "user/tiny", "the connection was cut", marks=pytest.mark.long),
-        (offline, "user/tiny", "HF_HUB_OFFLINE=1"),
-        (None, "somebody/tiny", "may not write there"),
+        pytest.param(offline, "user/tiny", "HF_HUB_OFFLINE=1", marks=pytest.mark.long),
+        pytest.param(None, "somebody/tiny", "may not write there", marks=pytest.mark.long),
     ],
 )
 def test_what_the_hub_refuses_is_said_in_words_and_leaves_nothing_visible(
@@ -279,6 +280,7 @@ def uploads(server: minihub.Hub) -> list[str]:
     return [path for verb, path in server.requests if verb == "PUT" and path.startswith("/_lfs/")]
 
 
+@pytest.mark.long
 def test_a_killed_upload_goes_on_where_it_stopped(lora_run: Path, server: minihub.Hub, tmp_path: Path) -> None:
     server.uploads_before_cut = 2
     server.hold_uploads.set()

@@ -497,6 +497,7 @@ def test_a_checkpoint_opens_as_it_is(runs: Any) -> None:
     assert (Path(adapter["base_model_name_or_path"]) / "model.safetensors").is_file()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_processes_resume_to_the_same_bits(tiny_parts: Path, tmp_path: Path) -> None:
     def run(output_dir: Path) -> None:

@@ -75,6 +75,7 @@ def test_answers_to_another_call_are_not_taken(tiny_run: Path, benchmark: Path, 
         ask(plan(tiny_run, benchmark, prompt="Look. {question}"), tmp_path, items())
 
 
+@pytest.mark.long
 def test_two_processes_give_the_answers_of_one(tiny_run: Path, benchmark: Path, tmp_path: Path) -> None:
     one = ask(plan(tiny_run, benchmark), tmp_path / "one", items(), device="cpu")
     two = ask(plan(tiny_run, benchmark), tmp_path / "two", items(), num_processes=2, device="cpu")
@@ -93,7 +94,7 @@ def test_the_command_asks_scores_and_shows_what_is_right_without_images(
     tiny_run: Path, benchmark: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    shutil.copytree(tiny_run, run)
+    shutil.copytree(tiny_run, run, ignore=shutil.ignore_patterns("samples*", "evaluation.json"))  # of other tests
     call = ["evaluate", str(run), "--task", "exact", "--data", str(benchmark / "rows.json"), "--device", "cpu"]
     assert cli.main([*call, "--json", str(tmp_path / "s.json"), "--max-new-tokens", "3"]) == 0
     document = json.loads((tmp_path / "s.json").read_text())

@@ -33,7 +33,8 @@ from vir_hf import files
 from vir_hf.console import Progress
 from vir_hf.data.cache import flat_batches
 from vir_hf.errors import DataError, RecipeError
-from vir_hf.images.identity import Folders, file_stamp, picture_identities, picture_identity
+from vir_hf.images.folder import file_stamp
+from vir_hf.images.identity import Folders, picture_identities, picture_identity
 from vir_hf.images.opening import read_image_bytes
 from vir_hf.images.preprocessing import ImagePreprocessor
 from vir_hf.llava.configuration_llava import num_image_tokens

@@ -16,7 +16,8 @@ from vir_hf.batches.sampling import RowSize, StepSampler
 from vir_hf.data.cache import flat_batches
 from vir_hf.data.located import MIXTURE, BadRow, BadRowPolicy
 from vir_hf.errors import DataError
-from vir_hf.images.identity import file_stamp, picture_identity
+from vir_hf.images.folder import file_stamp
+from vir_hf.images.identity import picture_identity
 from vir_hf.llava.processing_llava import LlavaProcessor
 from vir_hf.recipe.rules import global_batch_size
 from vir_hf.rows.encoding import encode_with_images

@@ -25,7 +25,8 @@ from vir_hf import files
 from vir_hf.curation.checks import look_at_pictures
 from vir_hf.data.cache import cache_folder, flat_batches
 from vir_hf.data.located import BadRow, BadRowPolicy
-from vir_hf.images.identity import Folders, file_stamp, picture_identity, place_identities
+from vir_hf.images.folder import file_stamp
+from vir_hf.images.identity import Folders, picture_identity, place_identities
 from vir_hf.images.opening import ImageHeader
 
 if TYPE_CHECKING:

@@ -26,8 +26,7 @@ from filelock import FileLock
 from vir_hf import files
 from vir_hf.data.located import BadRow
 from vir_hf.data.reading import Seen
-from vir_hf.images.folder import is_url, split_place
-from vir_hf.images.identity import file_stamp
+from vir_hf.images.folder import file_stamp, is_url, split_place
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -347,3 +347,18 @@ def _download(url: str, allow_urls: bool) -> bytes:
     if len(data) > MAX_DOWNLOAD_BYTES:
         raise ImageError("image_too_large", f"{url}: larger than {MAX_DOWNLOAD_BYTES >> 20} MiB; download it yourself.")
     return data
+
+
+def file_stamp(place: str) -> tuple[int, int] | None:
+    """Return size in bytes and time of change in nanoseconds of the file at a place, or of the archive it lies in.
+
+    `None` where there is no such file, and for a URL.
+    """
+    try:
+        in_archive = split_place(place)
+        if not in_archive and is_url(place):
+            return None
+        status = os.stat(in_archive[0] if in_archive else place)
+    except (OSError, ValueError, ImageError):
+        return None
+    return status.st_size, status.st_mtime_ns

@@ -119,21 +119,6 @@ def place_identities(places: pa.Array, folders: Folders | None = None) -> pa.Arr
     return pa.array(names, pa.string()).take(encoded.indices)
 
 
-def file_stamp(place: str) -> tuple[int, int] | None:
-    """Return size in bytes and time of change in nanoseconds of the file at a place, or of the archive it lies in.
-
-    `None` where there is no such file, and for a URL.
-    """
-    try:
-        in_archive = split_place(place)
-        if not in_archive and is_url(place):
-            return None
-        status = os.stat(in_archive[0] if in_archive else place)
-    except (OSError, ValueError, ImageError):
-        return None
-    return status.st_size, status.st_mtime_ns
-
-
 def _as_array(images: pa.Array | pa.ChunkedArray) -> pa.Array:
     if not isinstance(images, pa.ChunkedArray):
         return images

@@ -10,8 +10,7 @@ from typing import BinaryIO
 from PIL import Image
 
 from vir_hf.errors import ImageError
-from vir_hf.images.folder import open_file, split_place
-from vir_hf.images.identity import file_stamp
+from vir_hf.images.folder import file_stamp, open_file, split_place
 from vir_hf.images.opening import ImageSource, decode_image, open_checked, open_image, read_image_bytes
 
 _ORIENTATION = 0x0112

@@ -113,7 +113,8 @@ class Panel(TrainerCallback):
         kept = [{"step": step, "answers": found} for step, found in sorted(self.answers.items())]
         if self.may_write:
             found = as_report({"rows": self.rows, "answers": kept})
-            checkpoints.run_folder(self.place.parent).write_text(checkpoints.PANEL, found)
+            output = checkpoints.run_folder(self.place.parent)
+            output.write_text(checkpoints.PANEL, found)
 
 
 def ask(model: Any, trainer: LlavaTrainer, questions: list[Question]) -> list[str]:
