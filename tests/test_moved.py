@@ -13,12 +13,25 @@ from vir_hf.moved import MOVED
 
 @pytest.mark.parametrize("old", sorted(MOVED))
 def test_an_old_name_is_the_module_that_took_its_place(old: str) -> None:
-    new = importlib.import_module(f"vir_hf.{MOVED[old]}")
+    places = [importlib.import_module(f"vir_hf.{name}") for name in MOVED[old].split()]
     name = f"vir_hf.{old}"
     sys.modules.pop(name, None)
-    with pytest.warns(DeprecationWarning, match=f"is now vir_hf.{MOVED[old]}"):
-        assert importlib.import_module(name) is new
-    assert new.__spec__ is not None and new.__spec__.name == f"vir_hf.{MOVED[old]}"
+    with pytest.warns(DeprecationWarning, match=f"is now {places[0].__name__}"):
+        found = importlib.import_module(name)
+    if len(places) == 1:
+        assert found is places[0] and found.__spec__ is not None and found.__spec__.name == found.__name__
+    for place in places:
+        for word in (word for word, value in vars(place).items() if getattr(value, "__module__", "") == place.__name__):
+            assert getattr(found, word) is not None
+
+
+def test_names_of_a_module_that_was_split_are_found_where_they_were() -> None:
+    with pytest.warns(DeprecationWarning):
+        for old in ("loading", "conversations"):
+            sys.modules.pop(f"vir_hf.{old}", None)
+        from vir_hf.conversations import encode_row, to_messages  # type: ignore[import-not-found]
+        from vir_hf.loading import build, load_run, precision_of  # type: ignore[import-not-found]
+    assert all(map(callable, (encode_row, to_messages, build, load_run, precision_of)))
 
 
 def test_rooms_with_the_name_of_an_old_module_have_its_names() -> None:

@@ -7,11 +7,12 @@ import importlib.abc
 import importlib.util
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+# Old module -> where its contents are now, several where it was split.
 MOVED = {
     "activations": "budget.activations",
     "adapters": "model.adapters",
@@ -27,7 +28,7 @@ MOVED = {
     "collator": "batches.collator",
     "compute": "budget.compute",
     "consolidated": "training.consolidated",
-    "conversations": "rows.encoding",
+    "conversations": "rows.encoding rows.messages",
     "dataset_statistics": "data.statistics",
     "engine_check": "training.engine_check",
     "estimator": "budget.estimator",
@@ -39,7 +40,7 @@ MOVED = {
     "fused_lora": "kernels.fused_lora",
     "hardware": "budget.hardware",
     "html_pages": "curation.pages",
-    "hub": "publishing.hub",
+    "hub": "publishing.hub publishing.repository",
     "identity": "images.identity",
     "image_folder": "images.folder",
     "inspection": "curation.inspection",
@@ -49,7 +50,7 @@ MOVED = {
     "launching": "training.launching",
     "layouts": "budget.layouts",
     "lean_layers": "kernels.lean_layers",
-    "loading": "model.build",
+    "loading": "model.build model.for_use model.for_training model.precision model.parts",
     "memory": "budget.plan",
     "merging": "model.merging",
     "model_configs": "model.configs",
@@ -66,7 +67,7 @@ MOVED = {
     "recipe_rules": "recipe.rules",
     "requirements": "recipe.requirements",
     "resampling": "images.resampling",
-    "resume": "training.resume",
+    "resume": "training.resume training.compatibility training.state training.ranks",
     "roomy": "kernels.roomy",
     "row_cache": "data.cache",
     "row_files": "rows.files",
@@ -82,7 +83,7 @@ MOVED = {
     "templates": "rows.templates",
     "terminal": "curation.terminal",
     "trainable": "model.trainable",
-    "trainer": "training.trainer",
+    "trainer": "training.trainer training.step training.statistics training.arguments",
     "upstream": "recipe.upstream",
     "watch": "training.watch",
 }
@@ -96,15 +97,19 @@ class _Moved(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return importlib.util.spec_from_loader(fullname, self) if package == "vir_hf" and name in MOVED else None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        new = f"vir_hf.{MOVED[spec.name.rpartition('.')[2]]}"
-        warnings.warn(f"{spec.name} is now {new}", DeprecationWarning, stacklevel=2)
-        module = importlib.import_module(new)
+        names = [f"vir_hf.{name}" for name in MOVED[spec.name.rpartition(".")[2]].split()]
+        warnings.warn(f"{spec.name} is now {' and '.join(names)}", DeprecationWarning, stacklevel=2)
+        if len(names) > 1:
+            parts = ModuleType(spec.name)
+            parts.__getattr__ = _name_in(names)  # type: ignore[method-assign]
+            return parts
+        module = importlib.import_module(names[0])
         spec.loader_state = module.__spec__  # the import machinery is about to write `spec` over it
         return module
 
     def exec_module(self, module: ModuleType) -> None:
         """Nothing is left to run: the module was imported under its own name."""
-        if module.__spec__ is not None and module.__spec__.loader is self:
+        if module.__spec__ is not None and module.__spec__.loader is self and module.__spec__.loader_state is not None:
             module.__spec__ = module.__spec__.loader_state
 
 
@@ -113,18 +118,29 @@ def install() -> None:
     sys.meta_path.append(_Moved())
 
 
-def names_of(module: str) -> Callable[[str], Any]:
-    """The `__getattr__` of a room with the name of an old module: its names are looked up in `module`, which took its place.
-
-    Python asks here before it looks for a module of the room; those come first, or `module` would be imported for each.
-    """
-    room = module.rpartition(".")[0]
+def _name_in(modules: Sequence[str]) -> Callable[[str], Any]:
+    """A `__getattr__` that looks into several modules, one after the other."""
 
     def lookup(name: str) -> Any:
-        is_module = name.startswith("__") or importlib.util.find_spec(f"{room}.{name}") is not None
-        found = None if is_module else vars(importlib.import_module(module)).get(name)
-        if found is None:
-            raise AttributeError(f"{name!r} is neither a module of this room nor a name of {module}")
-        return found
+        for module in () if name.startswith("__") else modules:
+            found = vars(importlib.import_module(module)).get(name)
+            if found is not None:
+                return found
+        raise AttributeError(f"{name!r} is in none of {', '.join(modules)}")
+
+    return lookup
+
+
+def names_of(*modules: str) -> Callable[[str], Any]:
+    """The `__getattr__` of a room with the name of an old module: its names are looked up in those that took its place.
+
+    Python asks here before it looks for a module of the room; those come first, or `modules` would be imported for each.
+    """
+    room, in_modules = modules[0].rpartition(".")[0], _name_in(modules)
+
+    def lookup(name: str) -> Any:
+        if name.startswith("__") or importlib.util.find_spec(f"{room}.{name}") is not None:
+            raise AttributeError(f"{name!r} is no name of an old module")
+        return in_modules(name)
 
     return lookup

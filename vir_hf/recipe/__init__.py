@@ -2,4 +2,4 @@
 
 from vir_hf.moved import names_of
 
-__getattr__ = names_of("vir_hf.recipe.load")
+__getattr__ = names_of("vir_hf.recipe.load", "vir_hf.recipe.sections")
