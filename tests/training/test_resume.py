@@ -510,3 +510,20 @@ def test_two_processes_resume_to_the_same_bits(tiny_parts: Path, tmp_path: Path)
     assert (tmp_path / "whole" / "checkpoint-2" / "rank_1.pt").is_file()
     run(interrupted(tmp_path / "whole", tmp_path / "again", 2))
     assert_same_run(tmp_path / "whole", tmp_path / "again")
+
+
+def test_a_run_without_checkpoints_may_be_tried_again_and_no_other_model_gives_way(
+    tiny_parts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    one_step = ("training.max_steps=1",)
+    recipe = recipe_for(tiny_parts, tmp_path, "lora", *one_step, "training.save_strategy=no")
+    train(recipe)
+    train(recipe)
+    assert caplog.text.count("the model of an earlier run gives way") == 1
+    kept = recipe_for(tiny_parts, tmp_path / "kept", "lora", *one_step)
+    train(kept)
+    shutil.rmtree(tmp_path / "kept" / "checkpoint-1", ignore_errors=True)
+    before = (tmp_path / "kept" / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(RecipeError, match="holds the model of a finished run"):
+        train(recipe_for(tiny_parts, tmp_path / "kept", "lora", *one_step, "training.save_strategy=no"))
+    assert (tmp_path / "kept" / "adapter_model.safetensors").read_bytes() == before

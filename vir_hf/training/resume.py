@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from vir_hf.errors import RecipeError
 from vir_hf.training import checkpoints
 
@@ -102,11 +104,24 @@ def _refuse_to_replace(recipe: Recipe, output_dir: Path) -> None:
             "it (training.overwrite_output_dir=true)."
         )
     if checkpoints.read_metrics(output_dir):
+        if _both_are_tries(recipe, output_dir):
+            logger.warning("%s: the model of an earlier run gives way; both have training.save_strategy=no", output_dir)
+            return
         raise RecipeError(
             f"training.output_dir={output_dir}: holds the model of a finished run, which this one would replace. Name "
             "another training.output_dir, or delete it, or let this run replace it (training.overwrite_output_dir=true); "
             "--resume (training.resume=auto) leaves a finished run as it is."
         )
+
+
+def _both_are_tries(recipe: Recipe, output_dir: Path) -> bool:
+    """Whether this run and the finished one before it keep no checkpoints: a command tried again, as with the quickstart."""
+    try:
+        saved = yaml.safe_load((output_dir / checkpoints.RECIPE).read_text(encoding="utf-8"))
+        before = saved["training"].get("save_strategy")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+        return False
+    return str(before) == str(recipe.training.save_strategy) == "no"
 
 
 def let_go_of_earlier_run(recipe: Recipe, point: ResumePoint | None) -> None:
