@@ -59,8 +59,8 @@ def step_line(logs: dict[str, Any], state: TrainerState, seconds_left: float | N
     parts = [
         step,
         f"epoch {state.epoch or 0:.2f}",
-        f"loss {logs['loss']:.4f}",
         f"lr {logs.get('learning_rate', 0):.2e}",
+        f"loss {logs['loss']:.4f}",
         f"grad {logs.get('grad_norm', float('nan')):.3f}",
         f"supervised {logs.get('supervised_tokens', 0):,}",
         f"{logs.get('tokens_per_second', 0):,.0f} tokens/s",
